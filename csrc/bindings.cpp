@@ -1,0 +1,32 @@
+// The Python module gear_engine._C: one line per op, sorted by name. See common/bind.h.
+#include "common/bind.h"
+#include "cpu/isa.h"
+
+namespace {
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["version"] = GEAR_VERSION;
+  info["compiler"] = __VERSION__;
+  info["sanitize"] = GEAR_SANITIZE;
+#ifdef GEAR_WITH_CUDA
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using gear::op;
+  m.doc() = "Compiled kernels of gear_engine. Call them through gear_engine.ops, which checks the arguments.";
+  m.def("build_info", &build_info);
+  m.def("cpu_isa", [] { return gear::isa_name(gear::isa()); });
+  m.def("best_cpu_isa", [] { return gear::isa_name(gear::best_isa()); });
+  m.def("set_cpu_isa", &gear::set_isa);
+
+#ifdef GEAR_WITH_CUDA
+#endif
+}

@@ -1,0 +1,1 @@
+"""Fast, exact inference for GEAR and LlamaGen autoregressive image models."""

@@ -1,0 +1,1 @@
+"""Numerical ops, one module each; importing this package fills the backend registry."""
