@@ -1,1 +1,53 @@
-"""Numerical ops, one module each; importing this package fills the backend registry."""
+"""The ops: one numerical contract each, with a plain-torch reference and faster implementations.
+
+Importing this package fills the registry of :mod:`gear_engine.ops.backends` with every op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gear_engine.ops import backends, decode_attention, philox, sample_tokens, skinny_linear
+
+__all__ = ["GeneratorOps", "backends", "decode_attention", "philox", "sample_tokens", "skinny_linear"]
+
+
+@dataclass(frozen=True)
+class GeneratorOps:
+    """The implementations that one engine uses, chosen once when it is built.
+
+    Attributes:
+        decode_attention, skinny_linear, sample_tokens: callables with the signatures of the modules' ``reference``.
+        backends: the backend chosen for each of them.
+    """
+
+    decode_attention: Callable[..., torch.Tensor]
+    skinny_linear: Callable[..., torch.Tensor]
+    sample_tokens: Callable[..., torch.Tensor]
+    backends: Mapping[str, str]
+
+    @classmethod
+    def resolve(
+        cls, device: torch.device, dtype: torch.dtype, backend: str | Mapping[str, str] = "auto"
+    ) -> GeneratorOps:
+        """The ops of a generator with weights of ``dtype`` on ``device``; logits are always fp32.
+
+        Raises:
+            BackendUnavailableError: a backend that was asked for by name cannot run here.
+        """
+        if not isinstance(backend, str):
+            for op in backend:
+                backends.implementations(op)
+        found: dict[str, Any] = {}
+        chosen: dict[str, str] = {}
+        for op in ("decode_attention", "skinny_linear", "sample_tokens"):
+            name = backend if isinstance(backend, str) else backend.get(op, "auto")
+            main_dtype = torch.float32 if op == "sample_tokens" else dtype
+            implementation = backends.resolve(op, device, main_dtype, name)
+            found[op] = implementation.load()
+            chosen[op] = implementation.backend
+        return cls(**found, backends=chosen)

@@ -1,0 +1,149 @@
+"""Attention of one new image token per row over a static cache: rotate, write, attend.
+
+For row r with slot s = slots[r], token position t = positions[r] and head h (key/value head g = h // (n_head / n_kv)):
+
+    q, k, v   = split(qkv[r])                                      q (dim), k and v (n_kv_head * head_dim)
+    q, k      = rope(q, t), rope(k, t)                             pairs (x[2i], x[2i+1]), fp32, rounded to qkv's dtype
+    cache[s, g, 1 + t] = k, v
+    a_0       = prefix_bias[s]                                     entry 0: the collapsed prefix, key zero
+    a_j       = q . k_cache[s, g, j] / sqrt(head_dim)              j = 1 ... 1 + t
+    out[r, h] = sum_j softmax(a)_j v_cache[s, g, j]                j = 0 ... 1 + t
+
+A prefix token's key is zero in these models (its rows of the RoPE table are), so every prefix token scores 0 and n of
+them weigh as much as one entry with logit log n and the mean of their values. ``prefix_bias`` = log n is -inf when
+there is no valid prefix token: the entry then has weight 0 (its value must still be finite).
+
+Source: RoPE as in GEAR ``models/llamagen.py``; softmax in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from gear_engine.ops import backends
+
+__all__ = ["decode_attention", "reference", "rotate"]
+
+
+def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """Rotates interleaved pairs of ``x`` (..., H, D) by ``rope`` (..., D / 2, 2) = (cos, sin), in fp32; x's dtype."""
+    pairs = x.float().unflatten(-1, (-1, 2))  # [..., H, D / 2, 2]
+    cos, sin = rope[..., None, :, 0], rope[..., None, :, 1]  # [..., 1, D / 2]
+    even, odd = pairs[..., 0], pairs[..., 1]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+
+
+def decode_attention(
+    qkv: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    prefix_bias: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    rope: torch.Tensor,
+    n_head: int,
+    *,
+    first_slot: int | None = None,
+    position: int | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The module's formula, checked, by the chosen backend.
+
+    Args:
+        qkv: (R, (n_head + 2 n_kv_head) * head_dim), fp32, bf16 or fp16; rows contiguous.
+        k_cache, v_cache: (num_slots, n_kv_head, S, head_dim) views of one layer's cache, last dimension contiguous;
+            written at entry 1 + t. Prefix keys are never read.
+        prefix_bias: fp32 (num_slots,): log of the number of valid prefix tokens, -inf if there is none.
+        slots: int64 (R,), distinct.
+        positions: int64 (R,), image-token index t of each row, 1 + t < S.
+        rope: fp32 (block_size, head_dim / 2, 2), (cos, sin) of every image-token position.
+        n_head: number of query heads.
+        first_slot: a hint from the host: ``slots`` is ``first_slot + arange(R)``. Implementations may ignore it.
+        position: a hint from the host: all ``positions`` are equal to it. Implementations may ignore it.
+        backend: as in :func:`gear_engine.ops.backends.resolve`.
+
+    Returns:
+        (R, n_head * head_dim) of qkv's dtype.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    num_slots, n_kv_head, _, head_dim = k_cache.shape
+    rows = qkv.shape[0]
+    if qkv.shape != (rows, (n_head + 2 * n_kv_head) * head_dim):
+        raise ValueError(f"qkv {tuple(qkv.shape)} does not hold {n_head} + 2 * {n_kv_head} heads of {head_dim}")
+    if v_cache.shape != k_cache.shape or v_cache.dtype != qkv.dtype or k_cache.dtype != qkv.dtype:
+        raise ValueError("k_cache and v_cache must have equal shapes and the dtype of qkv")
+    if k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1 or qkv.stride(-1) != 1:
+        raise ValueError("the last dimension of qkv and of the caches must be contiguous")
+    if prefix_bias.shape != (num_slots,) or prefix_bias.dtype != torch.float32:
+        raise ValueError(f"prefix_bias must be fp32 ({num_slots},)")
+    if slots.shape != (rows,) or positions.shape != (rows,) or slots.dtype != torch.int64:
+        raise ValueError(f"slots and positions must be int64 ({rows},)")
+    if rope.shape[1:] != (head_dim // 2, 2) or rope.dtype != torch.float32:
+        raise ValueError(f"rope must be fp32 (block_size, {head_dim // 2}, 2)")
+    run = backends.resolve("decode_attention", qkv.device, qkv.dtype, backend).load()
+    out: torch.Tensor = run(
+        qkv, k_cache, v_cache, prefix_bias, slots, positions, rope, n_head, first_slot=first_slot, position=position
+    )
+    return out
+
+
+def _host_layout(slots: torch.Tensor, positions: torch.Tensor) -> tuple[int | None, int | None, int]:
+    """(first_slot or None, common position or None, largest position), read from the index tensors."""
+    slot_list, position_list = slots.tolist(), positions.tolist()
+    consecutive = slot_list == list(range(slot_list[0], slot_list[0] + len(slot_list)))
+    last = max(position_list)
+    return slot_list[0] if consecutive else None, last if min(position_list) == last else None, last
+
+
+def reference(
+    qkv: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    prefix_bias: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    rope: torch.Tensor,
+    n_head: int,
+    *,
+    first_slot: int | None = None,
+    position: int | None = None,
+) -> torch.Tensor:
+    """Plain torch. Rows in consecutive slots attend to views of the cache; nothing is gathered or copied for them."""
+    _, n_kv_head, _, head_dim = k_cache.shape
+    rows = qkv.shape[0]
+    if first_slot is None or position is None:
+        first_slot, position, last = _host_layout(slots, positions)
+    else:
+        last = position
+    q, k, v = qkv.view(rows, -1, head_dim).split((n_head, n_kv_head, n_kv_head), dim=1)  # [R, H, D]
+    table = rope[positions] if position is None else rope[position]
+    q, k = rotate(q, table), rotate(k, table)
+
+    if first_slot is not None:
+        rows_in_cache = slice(first_slot, first_slot + rows)
+        keys, values = k_cache[rows_in_cache, :, : last + 2], v_cache[rows_in_cache, :, : last + 2]  # [R, G, t + 2, D]
+        bias = prefix_bias[rows_in_cache]
+    if first_slot is not None and position is not None:
+        keys[:, :, -1] = k
+        values[:, :, -1] = v
+    else:
+        k_cache[slots, :, positions + 1] = k
+        v_cache[slots, :, positions + 1] = v
+    if first_slot is None:
+        keys, values = k_cache[slots, :, : last + 2], v_cache[slots, :, : last + 2]
+        bias = prefix_bias[slots]
+
+    mask = torch.zeros(rows, 1, 1, last + 2, device=qkv.device)  # [R, 1, 1, t + 2]
+    if position is None:
+        entries = torch.arange(last + 2, device=qkv.device)
+        mask.masked_fill_((entries > positions[:, None] + 1)[:, None, None], float("-inf"))
+    mask[:, 0, 0, 0] = bias
+    # The query heads of one key/value head are the query rows of one attention problem.
+    q = q.view(rows, n_kv_head, -1, head_dim)  # [R, G, H / G, D]
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).reshape(rows, -1)
+
+
+backends.register("decode_attention", "reference", lambda: reference)

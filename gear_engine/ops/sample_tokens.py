@@ -1,0 +1,186 @@
+"""One token per image from logits: guidance, temperature, top-k, top-p, draw; every image with its own settings.
+
+For image b with conditional logits c = logits[b], in fp32 and in this order:
+
+1. if uncond_rows[b] >= 0:  l = u + (c - u) * cfg_scale[b],  u = logits[uncond_rows[b]];  otherwise l = c
+2. l = l / temperature[b]
+3. drop l_v < the top_k[b]-th largest of l                            (ties with it stay)
+4. if top_p[b] < 1: in descending order of what is left, drop tokens after softmax's running sum first exceeds top_p[b]
+   (the first one over it stays)
+5. p = softmax(l);  token = argmax p if greedy[b], otherwise argmax_v p_v / q_v;  the lowest index on ties
+
+q is exponential noise: given (``noise``), or Philox's for (seed, position) as in :mod:`gear_engine.ops.philox`.
+``torch.multinomial(p, 1)`` is step 5 with q = ``empty_like(p).exponential_(1)`` from the same generator.
+
+Source: GEAR ``models/generate.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from gear_engine.ops import backends, philox
+from gear_engine.request import SamplingParams
+
+__all__ = ["SamplingTable", "filter_logits", "guide", "reference", "sample_tokens"]
+
+
+@dataclass(frozen=True)
+class SamplingTable:
+    """The settings of B images, as tensors for the kernels and as facts for the host.
+
+    Attributes:
+        cfg_scale: fp32 (B,).
+        uncond_rows: int64 (B,): the logits row of the unconditional half, -1 for an image without guidance.
+        temperature: fp32 (B,), at least 1e-5.
+        top_k: int64 (B,), in [1, V]; V keeps all.
+        top_p: fp32 (B,), in (0, 1]; 1 keeps all.
+        greedy: bool (B,).
+        rows: number of rows of the logits: B plus one per guided image.
+        params: the settings that the tensors were made of, one per image.
+        paired: every image is guided and ``uncond_rows`` is ``B + arange(B)``.
+        uniform: the settings, if all images share them: products with a scalar then round as the official ones do.
+    """
+
+    cfg_scale: torch.Tensor
+    uncond_rows: torch.Tensor
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    greedy: torch.Tensor
+    rows: int
+    params: tuple[SamplingParams, ...]
+    paired: bool
+    uniform: SamplingParams | None
+
+    @classmethod
+    def build(
+        cls, params: Sequence[SamplingParams], guided: Sequence[bool], vocab_size: int, device: torch.device
+    ) -> SamplingTable:
+        """Unconditional rows follow the B conditional rows, one per guided image, in the images' order."""
+        rows = len(params)
+        uncond_rows = []
+        for is_guided in guided:
+            uncond_rows.append(rows if is_guided else -1)
+            rows += is_guided
+
+        def floats(values: list[float]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
+        return cls(
+            cfg_scale=floats([p.cfg_scale for p in params]),
+            uncond_rows=torch.tensor(uncond_rows, dtype=torch.int64, device=device),
+            temperature=floats([max(p.temperature, 1e-5) for p in params]),
+            top_k=torch.tensor([min(p.top_k, vocab_size) or vocab_size for p in params], device=device),
+            top_p=floats([p.top_p for p in params]),
+            greedy=torch.tensor([not p.sample_logits for p in params], device=device),
+            rows=rows,
+            params=tuple(params),
+            paired=all(guided),
+            uniform=params[0] if all(p == params[0] for p in params) else None,
+        )
+
+
+def sample_tokens(
+    logits: torch.Tensor,
+    table: SamplingTable,
+    *,
+    noise: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The module's formula, checked, by the chosen backend.
+
+    Args:
+        logits: fp32 (table.rows, V); rows [0, B) conditional, then the unconditional ones.
+        table: the images' settings.
+        noise: fp32 (B, V), positive; or None for Philox.
+        seeds, positions: int64 (B,): Philox key and image-token index, unless ``noise`` is given or all are greedy.
+
+    Returns:
+        int64 (B,).
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or there is no source of noise for an image that needs it.
+    """
+    images = len(table.params)
+    if logits.dim() != 2 or logits.shape[0] != table.rows or logits.dtype != torch.float32:
+        raise ValueError(f"logits must be fp32 ({table.rows}, V), not {logits.dtype} {tuple(logits.shape)}")
+    if noise is not None and noise.shape != (images, logits.shape[1]):
+        raise ValueError(f"noise {tuple(noise.shape)} must be ({images}, {logits.shape[1]})")
+    if noise is None and any(p.sample_logits for p in table.params):
+        for name, index in (("seeds", seeds), ("positions", positions)):
+            if index is None or index.shape != (images,) or index.dtype != torch.int64:
+                raise ValueError(f"{name} must be int64 ({images},) when no noise is given")
+    run = backends.resolve("sample_tokens", logits.device, logits.dtype, backend).load()
+    out: torch.Tensor = run(logits, table, noise=noise, seeds=seeds, positions=positions)
+    return out
+
+
+def guide(logits: torch.Tensor, table: SamplingTable) -> torch.Tensor:
+    """Step 1: (B, V). May return a view of ``logits``, which it never writes."""
+    images = len(table.params)
+    cond = logits[:images]
+    if table.rows == images:
+        return cond
+    scale = table.uniform.cfg_scale if table.uniform else table.cfg_scale[:, None]
+    if table.paired:
+        uncond = logits[images:]
+        return uncond + (cond - uncond) * scale
+    uncond = logits[table.uncond_rows.clamp(min=0)]
+    return torch.where(table.uncond_rows[:, None] >= 0, uncond + (cond - uncond) * scale, cond)
+
+
+def filter_logits(logits: torch.Tensor, table: SamplingTable) -> torch.Tensor:
+    """Steps 3 and 4: dropped tokens become -inf. Returns ``logits`` itself when nothing is to be dropped."""
+    vocab_size = logits.shape[1]
+    top_k = [min(p.top_k, vocab_size) or vocab_size for p in table.params]
+    if min(top_k) < vocab_size:
+        largest = max(k for k in top_k if k < vocab_size)
+        values = torch.topk(logits, largest).values  # [B, k], descending
+        threshold = values.gather(1, (table.top_k[:, None] - 1).clamp(max=largest - 1))  # [B, 1]
+        logits = logits.masked_fill((logits < threshold) & (table.top_k[:, None] < vocab_size), float("-inf"))
+    if min(p.top_p for p in table.params) < 1:
+        in_order, order = torch.sort(logits, descending=True)
+        total = torch.cumsum(F.softmax(in_order, dim=-1), dim=-1)
+        over = (total > table.top_p[:, None]) & (table.top_p[:, None] < 1)
+        # A token goes if the sum up to the one before it is already over: the first one over stays.
+        over = F.pad(over[:, :-1], (1, 0), value=False)
+        logits = logits.masked_fill(over.scatter(1, order, over), float("-inf"))
+    return logits
+
+
+def reference(
+    logits: torch.Tensor,
+    table: SamplingTable,
+    *,
+    noise: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Plain torch; all images at once, and no pass over the vocabulary that no image asks for."""
+    uniform = table.uniform
+    scores = guide(logits, table)
+    if uniform is None:
+        scores = scores / table.temperature[:, None]
+    elif uniform.temperature != 1:
+        scores = scores / max(uniform.temperature, 1e-5)
+    probabilities = F.softmax(filter_logits(scores, table), dim=-1)
+    greedy = [not p.sample_logits for p in table.params]
+    if all(greedy):
+        return probabilities.argmax(dim=-1)
+    if noise is None:
+        assert seeds is not None and positions is not None
+        noise = philox.reference(seeds, positions, logits.shape[1])
+    raced = probabilities / noise
+    if any(greedy):
+        raced = torch.where(table.greedy[:, None], probabilities, raced)
+    return raced.argmax(dim=-1)
+
+
+backends.register("sample_tokens", "reference", lambda: reference)

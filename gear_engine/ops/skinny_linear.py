@@ -1,0 +1,159 @@
+"""A linear layer for few rows, with what surrounds it in a decoder block fused around it.
+
+    x1  = rmsnorm(x) * norm_weight     if norm_weight is given; the norm in fp32, rounded to x's dtype, then weighted
+    y   = x1 @ weight^T
+    y   = silu(y) * (x1 @ gate^T)      if gate is given (SwiGLU: weight = w1, gate = w3)
+    out = residual + y                 if residual is given
+
+    rmsnorm(x) = x / sqrt(mean(x^2) + norm_eps)
+
+Source: GEAR ``models/llamagen.py`` (RMSNorm, FeedForward, TransformerBlock).
+
+A weight may be packed: half the bytes (``"bf16"``) or a quarter (``"int8"``, one fp32 scale per output row).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from gear_engine.ops import backends
+
+__all__ = ["PackKind", "PackedWeight", "Weight", "pack", "reference", "rms_norm", "skinny_linear", "unpack"]
+
+PackKind = Literal["bf16", "int8"]
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A linear weight in the layout that the compiled kernels read; made by :func:`pack`.
+
+    Attributes:
+        kind: ``"bf16"`` or ``"int8"``.
+        data: the packed numbers; their layout is known to :func:`pack`, :func:`unpack` and the kernels only.
+        scales: fp32 (out_features,) for ``"int8"``: weight = data * scale; None for ``"bf16"``.
+        out_features, in_features: the weight's shape.
+    """
+
+    kind: PackKind
+    data: torch.Tensor
+    scales: torch.Tensor | None
+    out_features: int
+    in_features: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + (self.scales.nbytes if self.scales is not None else 0)
+
+
+#: What a linear layer multiplies by: a tensor (out_features, in_features) or a packed one.
+Weight = torch.Tensor | PackedWeight
+
+
+def pack(weight: torch.Tensor, kind: PackKind) -> PackedWeight:
+    """Packs a weight (out, in). ``"int8"`` rounds to nearest with scale = max|row| / 127.
+
+    Raises:
+        ValueError: the weight is not a matrix or the kind is unknown.
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"a linear weight is a matrix, not {tuple(weight.shape)}")
+    out_features, in_features = weight.shape
+    if kind == "bf16":
+        return PackedWeight(kind, weight.detach().to(torch.bfloat16).contiguous(), None, out_features, in_features)
+    if kind == "int8":
+        full = weight.detach().float()
+        scales = full.abs().amax(dim=1) / 127
+        safe = torch.where(scales > 0, scales, torch.ones_like(scales))
+        data = (full / safe[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+        return PackedWeight(kind, data, scales, out_features, in_features)
+    raise ValueError(f"a weight packs as 'bf16' or 'int8', not {kind!r}")
+
+
+def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The matrix (out, in) that a packed weight stands for."""
+    if packed.scales is None:
+        return packed.data.to(dtype)
+    return (packed.data.float() * packed.scales[:, None]).to(dtype)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+    """``x / sqrt(mean(x^2) + eps)`` in fp32, rounded to x's dtype, times ``weight``."""
+    wide = x.float()
+    return (wide * torch.rsqrt(torch.mean(wide * wide, dim=-1, keepdim=True) + eps)).type_as(x) * weight
+
+
+def skinny_linear(
+    x: torch.Tensor,
+    weight: Weight,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 1e-5,
+    gate: Weight | None = None,
+    residual: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The module's formula, checked, by the chosen backend.
+
+    Args:
+        x: (R, in), fp32, bf16 or fp16.
+        weight: (out, in) of x's dtype, or packed.
+        norm_weight: (in,) of x's dtype.
+        gate: as ``weight``.
+        residual: (R, out) of x's dtype.
+
+    Returns:
+        (R, out) of x's dtype.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    out_features, in_features = _shape(weight)
+    if x.dim() != 2 or x.shape[1] != in_features:
+        raise ValueError(f"x {tuple(x.shape)} does not fit a weight ({out_features}, {in_features})")
+    if gate is not None and _shape(gate) != (out_features, in_features):
+        raise ValueError(f"gate {_shape(gate)} must have the weight's shape ({out_features}, {in_features})")
+    for name, matrix in (("weight", weight), ("gate", gate)):
+        if isinstance(matrix, torch.Tensor) and matrix.dtype != x.dtype:
+            raise ValueError(f"{name} is {matrix.dtype}, x is {x.dtype}")
+    if norm_weight is not None and norm_weight.shape != (in_features,):
+        raise ValueError(f"norm_weight {tuple(norm_weight.shape)} must be ({in_features},)")
+    if residual is not None and residual.shape != (x.shape[0], out_features):
+        raise ValueError(f"residual {tuple(residual.shape)} must be ({x.shape[0]}, {out_features})")
+    run = backends.resolve("skinny_linear", x.device, x.dtype, backend).load()
+    out: torch.Tensor = run(x, weight, norm_weight=norm_weight, norm_eps=norm_eps, gate=gate, residual=residual)
+    return out
+
+
+def _shape(weight: Weight) -> tuple[int, int]:
+    if isinstance(weight, PackedWeight):
+        return weight.out_features, weight.in_features
+    return weight.shape[0], weight.shape[1]
+
+
+def reference(
+    x: torch.Tensor,
+    weight: Weight,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 1e-5,
+    gate: Weight | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Plain torch; packed weights are unpacked to x's dtype first."""
+    if norm_weight is not None:
+        x = rms_norm(x, norm_weight, norm_eps)
+    y = F.linear(x, _matrix(weight, x.dtype))
+    if gate is not None:
+        y = F.silu(y) * F.linear(x, _matrix(gate, x.dtype))
+    return y if residual is None else residual + y
+
+
+def _matrix(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    return unpack(weight, dtype) if isinstance(weight, PackedWeight) else weight
+
+
+backends.register("skinny_linear", "reference", lambda: reference)
