@@ -41,11 +41,16 @@ def _program(name: str) -> str:
 class CMakeBuild(build_ext):
     """``build_ext`` that hands the whole job to CMake."""
 
+    def run(self) -> None:
+        # setuptools builds in its own folder and copies, and clears the flag meanwhile.
+        self.for_working_copy = bool(self.inplace or self.editable_mode)
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         tag = sysconfig.get_config_var("EXT_SUFFIX").strip(".").removesuffix(".so")
         # A working copy keeps its build folder for incremental builds; a wheel's may not meet another environment's.
-        default = ROOT / "build" / f"cmake-{tag}" if self.inplace or self.editable_mode else self.build_temp
+        default = ROOT / "build" / f"cmake-{tag}" if self.for_working_copy else self.build_temp
         build_dir = Path(os.environ.get("GEAR_BUILD_DIR", default)).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
         settings = {name: os.environ[name] for name in CMAKE_SETTINGS if name in os.environ}

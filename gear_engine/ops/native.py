@@ -1,8 +1,14 @@
-"""The compiled module, if it was built and fits this interpreter."""
+"""The compiled module, if it was built and fits this interpreter.
+
+``GEAR_NATIVE_MODULE`` names the file of another build to load in its place, such as a sanitizer build.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
+import sys
 import types
 
 from gear_engine.errors import BackendUnavailableError
@@ -10,9 +16,25 @@ from gear_engine.errors import BackendUnavailableError
 __all__ = ["module", "unavailable"]
 
 
+def _load_file(path: str) -> types.ModuleType:
+    name = "gear_engine._C"
+    if name in sys.modules:
+        raise ImportError(f"{name} was imported before {path} could take its place")
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not os.path.isfile(path):
+        raise ImportError(f"GEAR_NATIVE_MODULE names {path}, which is no extension module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    return module
+
+
 @functools.cache
 def _load() -> tuple[types.ModuleType | None, str | None]:
+    override = os.environ.get("GEAR_NATIVE_MODULE")
     try:
+        if override:
+            return _load_file(override), None
         from gear_engine import _C
     except ImportError as error:
         return None, f"the compiled module gear_engine._C cannot be imported ({error}); run `pip install -e .`"

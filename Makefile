@@ -1,0 +1,77 @@
+# Every target does its own set-up in .venv, on a machine that has only Python, make, a C++ compiler and git.
+PYTHON ?= python3
+VENV ?= .venv
+# Torch is installed first and by exact version: a range would fetch whatever is newest, with its CUDA packages.
+TORCH ?= torch==2.13.0
+# The suite is built with few CUDA architectures; GEAR_CUDA_ARCHS=release builds all that a wheel ships.
+export GEAR_CUDA ?= AUTO
+export GEAR_CUDA_ARCHS ?= 80
+export GEAR_WERROR ?= ON
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+INSTALLED := $(VENV)/.installed
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+PYTEST_ARGS ?=
+
+.PHONY: all install build demo test pytest lint format bench sanitize tsan clean
+all: test
+
+# Makes the environment, and brings it up to date when the metadata changed.
+install: $(INSTALLED)
+$(INSTALLED): pyproject.toml setup.py
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c "import sys; assert sys.version_info >= (3, 11), 'gear_engine needs Python 3.11 or newer'"
+	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q $(TORCH)
+	$(PY) -m pip install -q "setuptools>=77" "pybind11>=2.13" "cmake>=3.24" ninja
+	$(PY) -m pip install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+# Compiles what changed; the module lands in gear_engine/.
+build: $(VENV)/.built
+$(VENV)/.built: $(INSTALLED) CMakeLists.txt $(SOURCES)
+	$(PY) setup.py -q build_ext --inplace
+	touch $@
+
+demo: build
+	$(BIN)/gear-engine demo
+
+test: lint pytest
+
+pytest: build
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+CPP := $(SOURCES)
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: install
+	$(BIN)/ruff check --fix-only -q .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: build
+	$(PY) -m gear_engine.bench.codebook_quantize
+
+# AddressSanitizer and UndefinedBehaviorSanitizer over the op tests. The extension goes to a folder of its own; the
+# sanitizer's run-time library has to be loaded before Python, which leaks at exit by design.
+SANITIZED := build/sanitize
+sanitize: build
+	GEAR_SANITIZE=address GEAR_BUILD_DIR=$(SANITIZED)/cmake \
+		$(PY) setup.py -q build_ext --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/tmp
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		GEAR_NATIVE_MODULE=$$(echo $(SANITIZED)/lib/gear_engine/_C.*.so) $(PY) -m pytest tests/ops -q $(PYTEST_ARGS)
+
+# ThreadSanitizer over the threaded ops: a plain C++ driver, since Python itself is not built for it.
+tsan: install
+	test -x $(BIN)/cmake && cmake_bin=$(BIN)/cmake || cmake_bin=cmake; \
+	$$cmake_bin -S tests/csrc -B build/tsan -G Ninja -DGEAR_SANITIZE=thread \
+		-DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo && \
+	$$cmake_bin --build build/tsan && ./build/tsan/threads
+
+clean:
+	rm -rf build dist *.egg-info gear_engine/_C.*.so $(VENV)/.built
