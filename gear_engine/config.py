@@ -209,12 +209,21 @@ class TokenizerConfig:
             _require(self.downsample == 2**levels, f"downsample {self.downsample} is not 2 ** {levels} (ch_mult)")
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Latent grid of an image; :class:`ConfigError` if the size is not divisible by ``downsample``."""
+        """Latent grid of an image.
+
+        Raises:
+            ConfigError: an edge is not divisible by ``downsample``, or the lfq family would have a 1 x 1 latent, over
+                which the variance that its adaptive norm takes is undefined.
+        """
         for name, pixels in (("height", height), ("width", width)):
             _require(
                 pixels >= self.downsample and pixels % self.downsample == 0,
                 f"image {name} {pixels} is not a positive multiple of the tokenizer's downsample {self.downsample}",
             )
+        _require(
+            self.family != "lfq" or height * width > self.downsample**2,
+            f"a {height} x {width} image has a 1 x 1 latent; {self.family} tokenizers need at least two positions",
+        )
         return height // self.downsample, width // self.downsample
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,9 @@
+"""Image tokenizers: two coder families (VQGAN, MAGVIT2), three quantizers, one class around them."""
+
+from __future__ import annotations
+
+from gear_engine.tokenizers.images import resize, to_uint8
+from gear_engine.tokenizers.quantizers import soft_readout
+from gear_engine.tokenizers.tokenizer import Tokenizer, build_tokenizer
+
+__all__ = ["Tokenizer", "build_tokenizer", "resize", "soft_readout", "to_uint8"]
