@@ -15,6 +15,7 @@ __all__ = [
     "OutOfMemoryError",
     "ResumeMismatchError",
     "UnsafeCheckpointError",
+    "WorkerLostError",
 ]
 
 
@@ -48,3 +49,7 @@ class OutOfMemoryError(GearError, MemoryError):
 
 class ResumeMismatchError(GearError, RuntimeError):
     """An output folder holds a run with other settings; the message names the first difference."""
+
+
+class WorkerLostError(GearError, RuntimeError):
+    """Another process of a distributed run ended before its share was done."""
