@@ -28,7 +28,7 @@ __all__ = ["decode_attention", "reference", "rotate"]
 
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     """Rotates interleaved pairs of ``x`` (..., H, D) by ``rope`` (..., D / 2, 2) = (cos, sin), in fp32; x's dtype."""
-    pairs = x.float().unflatten(-1, (-1, 2))  # [..., H, D / 2, 2]
+    pairs = x.float().reshape(*x.shape[:-1], -1, 2)  # [..., H, D / 2, 2]
     cos, sin = rope[..., None, :, 0], rope[..., None, :, 1]  # [..., 1, D / 2]
     even, odd = pairs[..., 0], pairs[..., 1]
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
@@ -118,7 +118,7 @@ def reference(
         first_slot, position, last = _host_layout(slots, positions)
     else:
         last = position
-    q, k, v = qkv.view(rows, -1, head_dim).split((n_head, n_kv_head, n_kv_head), dim=1)  # [R, H, D]
+    q, k, v = torch.split(qkv.view(rows, -1, head_dim), [n_head, n_kv_head, n_kv_head], dim=1)  # [R, H, D]
     table = rope[positions] if position is None else rope[position]
     q, k = rotate(q, table), rotate(k, table)
 

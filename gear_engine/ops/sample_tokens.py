@@ -175,7 +175,8 @@ def reference(
     if all(greedy):
         return probabilities.argmax(dim=-1)
     if noise is None:
-        assert seeds is not None and positions is not None
+        if seeds is None or positions is None:
+            raise ValueError("an image that is drawn needs noise, or a seed and a position")
         noise = philox.reference(seeds, positions, logits.shape[1])
     raced = probabilities / noise
     if any(greedy):

@@ -1,0 +1,1 @@
+"""The generator: one transformer for class and text conditioning."""

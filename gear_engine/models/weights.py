@@ -1,0 +1,188 @@
+"""A generator's weights as plain tensors, referenced and never copied unless their dtype or device changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from gear_engine.config import GeneratorConfig
+from gear_engine.errors import CheckpointError
+from gear_engine.ops.skinny_linear import PackedWeight, Weight
+
+__all__ = ["BlockWeights", "GeneratorWeights", "expected_shapes"]
+
+#: Buffers that an official module holds after sampling: not weights.
+_CACHE_KEY = re.compile(r"layers\.\d+\.attention\.kv_cache\..*")
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """One decoder block. Linear weights are (out, in) tensors or packed; the ``_text`` ones are None in single-stream
+    blocks, where text and image tokens share the others."""
+
+    attention_norm: torch.Tensor
+    wqkv: Weight
+    wo: Weight
+    ffn_norm: torch.Tensor
+    w1: Weight
+    w3: Weight
+    w2: Weight
+    attention_norm_text: torch.Tensor | None = None
+    wqkv_text: Weight | None = None
+    wo_text: Weight | None = None
+
+
+#: Field of BlockWeights -> official key below ``layers.N.``
+_BLOCK_KEYS = {
+    "attention_norm": "attention_norm.weight",
+    "wqkv": "attention.wqkv.weight",
+    "wo": "attention.wo.weight",
+    "ffn_norm": "ffn_norm.weight",
+    "w1": "feed_forward.w1.weight",
+    "w3": "feed_forward.w3.weight",
+    "w2": "feed_forward.w2.weight",
+}
+_TEXT_BLOCK_KEYS = {
+    "attention_norm_text": "attention_norm_text.weight",
+    "wqkv_text": "attention.wqkv_text.weight",
+    "wo_text": "attention.wo_text.weight",
+}
+#: Field of GeneratorWeights -> official key
+_KEYS = {"tok_embeddings": "tok_embeddings.weight", "norm": "norm.weight", "output": "output.weight"}
+_CLASS_KEYS = {"label_table": "cls_embedding.embedding_table.weight"}
+_TEXT_KEYS = {"cap_fc1": "cls_embedding.cap_proj.fc1.weight", "cap_fc2": "cls_embedding.cap_proj.fc2.weight"}
+_UNCOND_KEYS = {"uncond_embedding": "cls_embedding.uncond_embedding"}
+
+
+def _top_keys(config: GeneratorConfig) -> dict[str, str]:
+    if config.conditioning == "class":
+        return _KEYS | _CLASS_KEYS
+    return _KEYS | _TEXT_KEYS | (_UNCOND_KEYS if config.learned_uncond else {})
+
+
+def _block_keys(config: GeneratorConfig, layer: int) -> dict[str, str]:
+    keys = _BLOCK_KEYS | (_TEXT_BLOCK_KEYS if layer < config.n_double_stream_layers else {})
+    return {field: f"layers.{layer}.{key}" for field, key in keys.items()}
+
+
+def expected_shapes(config: GeneratorConfig) -> dict[str, tuple[int, ...]]:
+    """Official state-dict key -> shape, for every weight of the model."""
+    dim, ffn, qkv = config.dim, config.ffn_dim, config.qkv_dim
+    block = {
+        "attention_norm": (dim,),
+        "attention_norm_text": (dim,),
+        "ffn_norm": (dim,),
+        "wqkv": (qkv, dim),
+        "wqkv_text": (qkv, dim),
+        "wo": (dim, dim),
+        "wo_text": (dim, dim),
+        "w1": (ffn, dim),
+        "w3": (ffn, dim),
+        "w2": (dim, ffn),
+    }
+    top: dict[str, tuple[int, ...]] = {
+        "tok_embeddings": (config.vocab_size, dim),
+        "norm": (dim,),
+        "output": (config.vocab_size, dim),
+        "label_table": (config.num_classes + config.has_uncond_class, dim),
+        "cap_fc1": (dim, config.caption_dim),
+        "cap_fc2": (dim, dim),
+        "uncond_embedding": (config.cls_token_num, config.caption_dim),
+    }
+    shapes = {key: top[field] for field, key in _top_keys(config).items()}
+    for layer in range(config.n_layer):
+        shapes |= {key: block[field] for field, key in _block_keys(config, layer).items()}
+    return shapes
+
+
+@dataclass(frozen=True)
+class GeneratorWeights:
+    """All weights of a generator.
+
+    Attributes:
+        config: the architecture.
+        tok_embeddings: (vocab_size, dim).
+        norm: (dim,), the last RMSNorm.
+        output: (vocab_size, dim), tensor or packed.
+        blocks: one per layer.
+        label_table: (num_classes + 1, dim) (without the 1 if there is no unconditional row); class models only.
+        cap_fc1, cap_fc2: (dim, caption_dim) and (dim, dim), the caption's MLP; text models only.
+        uncond_embedding: (cls_token_num, caption_dim), the learned null caption; LlamaGen's text models only.
+    """
+
+    config: GeneratorConfig
+    tok_embeddings: torch.Tensor
+    norm: torch.Tensor
+    output: Weight
+    blocks: tuple[BlockWeights, ...]
+    label_table: torch.Tensor | None = None
+    cap_fc1: torch.Tensor | None = None
+    cap_fc2: torch.Tensor | None = None
+    uncond_embedding: torch.Tensor | None = None
+
+    @classmethod
+    def from_state_dict(cls, config: GeneratorConfig, state: Mapping[str, torch.Tensor]) -> GeneratorWeights:
+        """References the tensors of an official state dict (ours or the user's module's), without copying any.
+
+        Raises:
+            CheckpointError: a weight is missing, has another shape or dtype, or is unknown; the message names it.
+        """
+        shapes = expected_shapes(config)
+        for key, shape in shapes.items():
+            if key not in state:
+                raise CheckpointError(f"weight {key} {shape} is missing")
+            if tuple(state[key].shape) != shape:
+                raise CheckpointError(f"weight {key} has shape {tuple(state[key].shape)}, the model needs {shape}")
+            if state[key].dtype != state["tok_embeddings.weight"].dtype:
+                raise CheckpointError(f"weight {key} is {state[key].dtype}, unlike tok_embeddings.weight")
+        for key in state:
+            if key not in shapes and not _CACHE_KEY.fullmatch(key):
+                raise CheckpointError(f"unknown weight {key}")
+
+        def pick(keys: Mapping[str, str]) -> dict[str, torch.Tensor]:
+            return {field: state[key].detach() for field, key in keys.items()}
+
+        blocks = tuple(BlockWeights(**pick(_block_keys(config, layer))) for layer in range(config.n_layer))
+        return cls(config=config, blocks=blocks, **pick(_top_keys(config)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tok_embeddings.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tok_embeddings.device
+
+    def weights(self) -> list[Weight]:
+        """Every weight, in a fixed order."""
+        own = [
+            getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in ("config", "blocks")
+        ]
+        blocks = [getattr(block, field.name) for block in self.blocks for field in dataclasses.fields(block)]
+        return [weight for weight in (*own, *blocks) if weight is not None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for weight in self.weights())
+
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> GeneratorWeights:
+        """The same weights on ``device`` in ``dtype``; those that are so already are shared, not copied."""
+
+        def move(weight: Weight | None) -> Weight | None:
+            if weight is None:
+                return None
+            if isinstance(weight, PackedWeight):
+                scales = None if weight.scales is None else weight.scales.to(device)
+                return dataclasses.replace(weight, data=weight.data.to(device), scales=scales)
+            return weight.to(device=device, dtype=dtype)
+
+        def moved(part: GeneratorWeights | BlockWeights) -> dict[str, Weight | None]:
+            names = [field.name for field in dataclasses.fields(part) if field.name not in ("config", "blocks")]
+            return {name: move(getattr(part, name)) for name in names}
+
+        blocks = tuple(dataclasses.replace(block, **moved(block)) for block in self.blocks)  # type: ignore[arg-type]
+        return dataclasses.replace(self, blocks=blocks, **moved(self))  # type: ignore[arg-type]
