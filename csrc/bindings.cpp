@@ -1,6 +1,10 @@
 // The Python module gear_engine._C: one line per op, sorted by name. See common/bind.h.
 #include "common/bind.h"
+#include "cpu/codebook_quantize.h"
+#include "cpu/decode_attention.h"
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "cpu/skinny_linear.h"
 
 namespace {
 
@@ -26,6 +30,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return gear::isa_name(gear::isa()); });
   m.def("best_cpu_isa", [] { return gear::isa_name(gear::best_isa()); });
   m.def("set_cpu_isa", &gear::set_isa);
+  m.def("set_num_threads", &gear::set_num_threads);
+
+  op(m, "codebook_quantize_cpu", &gear::cpu::codebook_quantize);
+  op(m, "decode_attention_cpu", &gear::cpu::decode_attention);
+  op(m, "skinny_linear_cpu", &gear::cpu::skinny_linear);
 
 #ifdef GEAR_WITH_CUDA
 #endif

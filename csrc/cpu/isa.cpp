@@ -84,8 +84,15 @@ const char* isa_name(Isa level) {
 }
 
 #ifdef GEAR_X86
-bool has_avx512_vnni() { return isa() == Isa::avx512 && cpuid_leaf7(0, 2, 11); }
-bool has_avx512_bf16() { return isa() == Isa::avx512 && cpuid_leaf7(1, 0, 5); }
+// Asked once: cpuid costs microseconds under a hypervisor.
+bool has_avx512_vnni() {
+  static const bool found = cpuid_leaf7(0, 2, 11);
+  return isa() == Isa::avx512 && found;
+}
+bool has_avx512_bf16() {
+  static const bool found = cpuid_leaf7(1, 0, 5);
+  return isa() == Isa::avx512 && found;
+}
 bool has_amx_bf16() {
   static const bool found = cpuid_leaf7(0, 3, 22) && cpuid_leaf7(0, 3, 24) && tiles_permitted();
   return isa() == Isa::avx512 && found;

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from gear_engine.ops import backends
+from gear_engine.ops import backends, native
 
 __all__ = ["decode_attention", "reference", "rotate"]
 
@@ -146,4 +146,50 @@ def reference(
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).reshape(rows, -1)
 
 
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_MAX_HEAD_DIM = 256
+
+
+def _cpu(
+    qkv: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    prefix_bias: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    rope: torch.Tensor,
+    n_head: int,
+    *,
+    first_slot: int | None = None,
+    position: int | None = None,
+) -> torch.Tensor:
+    """Compiled. A row's bits depend on that row and its slot's cache only, whatever the batch and the threads.
+
+    Raises:
+        ValueError: the head is larger than 256, or the caches' strides differ.
+    """
+    _, n_kv_head, _, head_dim = k_cache.shape
+    if head_dim > _MAX_HEAD_DIM or head_dim % 4:
+        raise ValueError(f"head size {head_dim} is not a multiple of 4 up to {_MAX_HEAD_DIM}")
+    if k_cache.stride() != v_cache.stride():
+        raise ValueError(f"k_cache and v_cache must have equal strides: {k_cache.stride()}, {v_cache.stride()}")
+    slots, positions, rope = slots.contiguous(), positions.contiguous(), rope.contiguous()
+    rows = qkv.shape[0]
+    out = qkv.new_empty(rows, n_head * head_dim)
+    native.cpu_kernels().decode_attention_cpu(
+        qkv.data_ptr(), _DTYPES[qkv.dtype], qkv.stride(0), rows, n_head, n_kv_head, head_dim, k_cache.data_ptr(),
+        v_cache.data_ptr(), *k_cache.stride()[:3], prefix_bias.data_ptr(), slots.data_ptr(), positions.data_ptr(),
+        rope.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
 backends.register("decode_attention", "reference", lambda: reference)
+backends.register(
+    "decode_attention",
+    "cpu",
+    lambda: _cpu,
+    devices=frozenset({"cpu"}),
+    dtypes=frozenset(_DTYPES),
+    unavailable=lambda: native.unavailable("decode_attention_cpu"),
+)

@@ -11,9 +11,11 @@ import os
 import sys
 import types
 
+import torch
+
 from gear_engine.errors import BackendUnavailableError
 
-__all__ = ["module", "unavailable"]
+__all__ = ["cpu_kernels", "module", "unavailable"]
 
 
 def _load_file(path: str) -> types.ModuleType:
@@ -50,6 +52,13 @@ def module() -> types.ModuleType:
     found, reason = _load()
     if found is None:
         raise BackendUnavailableError(str(reason))
+    return found
+
+
+def cpu_kernels() -> types.ModuleType:
+    """``gear_engine._C`` for a call of CPU kernels, which share the work among ``torch.get_num_threads()`` threads."""
+    found = module()
+    found.set_num_threads(torch.get_num_threads())
     return found
 
 

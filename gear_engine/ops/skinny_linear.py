@@ -9,7 +9,9 @@
 
 Source: GEAR ``models/llamagen.py`` (RMSNorm, FeedForward, TransformerBlock).
 
-A weight may be packed: half the bytes (``"bf16"``) or a quarter (``"int8"``, one fp32 scale per output row).
+A weight may be packed: half the bytes (``"bf16"``) or a quarter (``"int8"``, one fp32 scale per output row). Then x1 is
+rounded too before the product, as the kernels multiply equal kinds: to bf16, or to int8 with a scale max|x1| / 127 per
+row. Products are summed in fp32 (exactly, in int32, for int8); the reference rounds neither x1 nor the sums.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from gear_engine.ops import backends
+from gear_engine.ops import backends, native
 
 __all__ = ["PackKind", "PackedWeight", "Weight", "pack", "reference", "rms_norm", "skinny_linear", "unpack"]
 
@@ -33,7 +35,7 @@ class PackedWeight:
 
     Attributes:
         kind: ``"bf16"`` or ``"int8"``.
-        data: the packed numbers; their layout is known to :func:`pack`, :func:`unpack` and the kernels only.
+        data: the packed numbers (panels, lines, 16, values per line), as ``csrc/common/packing.h`` lays them out.
         scales: fp32 (out_features,) for ``"int8"``: weight = data * scale; None for ``"bf16"``.
         out_features, in_features: the weight's shape.
     """
@@ -63,21 +65,32 @@ def pack(weight: torch.Tensor, kind: PackKind) -> PackedWeight:
         raise ValueError(f"a linear weight is a matrix, not {tuple(weight.shape)}")
     out_features, in_features = weight.shape
     if kind == "bf16":
-        return PackedWeight(kind, weight.detach().to(torch.bfloat16).contiguous(), None, out_features, in_features)
+        data = _to_panels(weight.detach().to(torch.bfloat16))
+        return PackedWeight(kind, data, None, out_features, in_features)
     if kind == "int8":
         full = weight.detach().float()
         scales = full.abs().amax(dim=1) / 127
         safe = torch.where(scales > 0, scales, torch.ones_like(scales))
-        data = (full / safe[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-        return PackedWeight(kind, data, scales, out_features, in_features)
+        data = _to_panels((full / safe[:, None]).round_().clamp_(-127, 127).to(torch.int8))
+        return PackedWeight(kind, data, scales.contiguous(), out_features, in_features)
     raise ValueError(f"a weight packs as 'bf16' or 'int8', not {kind!r}")
 
 
 def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The matrix (out, in) that a packed weight stands for."""
-    if packed.scales is None:
-        return packed.data.to(dtype)
-    return (packed.data.float() * packed.scales[:, None]).to(dtype)
+    panels, lines, columns, per_line = packed.data.shape
+    rows = packed.data.permute(0, 2, 1, 3).reshape(panels * columns, lines * per_line)
+    rows = rows[: packed.out_features, : packed.in_features]
+    return rows.to(dtype) if packed.scales is None else (rows.float() * packed.scales[:, None]).to(dtype)
+
+
+def _to_panels(matrix: torch.Tensor) -> torch.Tensor:
+    """(out, in) -> (panels, lines, 16, values per line), zero-padded: the layout of ``csrc/common/packing.h``."""
+    per_line = 4 // matrix.element_size()  # a line holds 4 bytes for each of 16 columns
+    out_features, in_features = matrix.shape
+    padding = (0, -in_features % (16 * per_line), 0, -out_features % 16)
+    padded = F.pad(matrix, padding)
+    return padded.view(padded.shape[0] // 16, 16, -1, per_line).permute(0, 2, 1, 3).contiguous()
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
@@ -156,4 +169,57 @@ def _matrix(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
     return unpack(weight, dtype) if isinstance(weight, PackedWeight) else weight
 
 
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_PACKED_KINDS = {"bf16": 2, "int8": 3}
+
+
+def _operands(weight: Weight) -> tuple[int, int, int]:
+    """(kind, address, address of the scales) of a weight, as ``csrc/cpu/skinny_linear.h`` counts the kinds."""
+    if isinstance(weight, PackedWeight):
+        scales = 0 if weight.scales is None else weight.scales.data_ptr()
+        return _PACKED_KINDS[weight.kind], weight.data.data_ptr(), scales
+    return _DTYPES[weight.dtype], weight.data_ptr(), 0
+
+
+def _cpu(
+    x: torch.Tensor,
+    weight: Weight,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 1e-5,
+    gate: Weight | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compiled. A row's bits depend on that row and the weights only, whatever the batch and the threads.
+
+    Raises:
+        ValueError: weight and gate are of different kinds, or a weight is not contiguous.
+    """
+    x = x.contiguous()
+    out_features, in_features = _shape(weight)
+    kind, data, scales = _operands(weight)
+    gate_kind, gate_data, gate_scales = (kind, 0, 0) if gate is None else _operands(gate)
+    if gate_kind != kind:
+        raise ValueError("weight and gate must be packed alike")
+    if not all(isinstance(w, PackedWeight) or w is None or w.is_contiguous() for w in (weight, gate)):
+        raise ValueError("weights must be contiguous; call .contiguous() once, outside the loop")
+    out = x.new_empty(x.shape[0], out_features)
+    norm_weight = None if norm_weight is None else norm_weight.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    native.cpu_kernels().skinny_linear_cpu(
+        x.data_ptr(), _DTYPES[x.dtype], x.shape[0], in_features, out_features,
+        0 if norm_weight is None else norm_weight.data_ptr(), norm_eps, kind, data, scales, gate_data, gate_scales,
+        0 if residual is None else residual.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
 backends.register("skinny_linear", "reference", lambda: reference)
+backends.register(
+    "skinny_linear",
+    "cpu",
+    lambda: _cpu,
+    devices=frozenset({"cpu"}),
+    dtypes=frozenset(_DTYPES),
+    unavailable=lambda: native.unavailable("skinny_linear_cpu"),
+)

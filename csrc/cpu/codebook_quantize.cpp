@@ -1,0 +1,219 @@
+// codebook_quantize for one block of rows, compiled once per instruction set. See codebook_quantize.h for the contract.
+//
+// First pass: a tile of kRows rows times a panel of kWidth codes lives in registers, so each code element is loaded once
+// per kRows products; the transposed panel makes lanes independent codes and no lane is ever summed across. The bias
+// starts the accumulators, so an approximate l2 score costs d multiply-adds and one maximum. Second pass: exact.
+#include <cmath>
+#include <cstring>
+
+#include "cpu/codebook_quantize.h"
+#include "cpu/simd.h"
+
+namespace gear::GEAR_ISA {
+namespace {
+
+using gear::codebook_quantize::kBlockRows;
+using gear::codebook_quantize::kGroup;
+
+#if GEAR_ISA_avx512
+constexpr int kRows = 12, kVectors = 2;  // 24 accumulators of 32 registers
+#else
+constexpr int kRows = 6, kVectors = 2;  // 12 of 16
+#endif
+constexpr int kWidth = kVectors * kLanes;
+static_assert(kGroup % kWidth == 0 && kBlockRows % kRows == 0, "groups hold whole panels, blocks whole tiles");
+
+// Bit l is set where a >= b in lane l.
+inline uint32_t mask_ge(Vec a, Vec b) {
+#if GEAR_ISA_avx512
+  return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
+#elif GEAR_ISA_avx2
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
+#else
+  float lanes_a[kLanes], lanes_b[kLanes];
+  store(lanes_a, a);
+  store(lanes_b, b);
+  uint32_t mask = 0;
+  for (int l = 0; l < kLanes; ++l) mask |= static_cast<uint32_t>(lanes_a[l] >= lanes_b[l]) << l;
+  return mask;
+#endif
+}
+
+// Maxima over one group of codes for kRows rows. tile: [d][kRows]; panels: the group's, [kGroup / kWidth][d][kWidth];
+// maxima: [kRows][stride], of which one vector each is written.
+void propose(const float* tile, const float* panels, const float* bias, int64_t d, float* maxima, int64_t stride) {
+  for (int panel = 0; panel < kGroup / kWidth; ++panel, panels += d * kWidth, bias += kWidth) {
+    Vec acc[kRows][kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      const Vec start = load(bias + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) acc[r][v] = start;
+    }
+    for (int64_t i = 0; i < d; ++i) {
+      Vec code[kVectors];
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) code[v] = load(panels + i * kWidth + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vec x = splat(tile[i * kRows + r]);
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(x, code[v], acc[r][v]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      Vec best = acc[r][0];
+#pragma GCC unroll 16
+      for (int v = 1; v < kVectors; ++v) best = max(best, acc[r][v]);
+      float* kept = maxima + r * stride;
+      store(kept, panel == 0 ? best : max(best, load(kept)));
+    }
+  }
+}
+
+// How far below the row's best proposal the official best can lie; see "Error bound" in docs/codebook_quantize.md.
+double slack(const QuantizeProblem& problem, double z_norm2, double max_norm2) {
+  const double unit = 0x1p-24, d = static_cast<double>(problem.d);
+  const double product = std::sqrt(z_norm2 * max_norm2);
+  double bound;
+  if (problem.metric == Metric::l2) {
+    const double square = z_norm2 + max_norm2;
+    bound = unit * ((d + 2) * (product + max_norm2 / 2) + d * product + square + product);
+  } else {
+    bound = unit * (2 * d + 2) * product + 0x1p-25;  // 2^-25: what exp() still rounds to 1
+  }
+  const double underflow = (d + 4) * 0x1p-125;
+  return 2 * 1.01 * bound + underflow;
+}
+
+// The best code so far under the formula of the header. A NaN is the smallest distance and the largest product, and the
+// first one wins, as torch's argmin and max have it.
+class Best {
+ public:
+  Best(const QuantizeProblem& problem, int64_t row)
+      : problem_(problem),
+        z_(problem.z + row * problem.d),
+        z2_(problem.metric == Metric::l2 ? problem.z2[row] : 0.0f) {}
+
+  void offer(int64_t code) {
+    const float score = score_of(code);
+    const bool better = is_nan(score) ? !is_nan(score_) || code < code_
+                                      : !is_nan(score_) && (score > score_ || (score == score_ && code < code_));
+    if (code_ < 0 || better) {
+      score_ = score;
+      code_ = code;
+    }
+  }
+
+  // Inner product: a lower code within the rounding of exp() to 1 takes the place of the best one.
+  void offer_tie(int64_t code) {
+    if (code < tie_ && score_ - score_of(code) <= 0x1p-25f) tie_ = code;
+  }
+  void settle_ties() { code_ = tie_ < code_ ? tie_ : code_; }
+
+  int64_t code() const { return code_; }
+
+ private:
+  static bool is_nan(float x) { return x != x; }
+
+  // Larger is better: minus the distance, or the product.
+  float score_of(int64_t code) const {
+    const float* e = problem_.codebook + code * problem_.d;
+    float dot = z_[0] * e[0];
+    for (int64_t i = 1; i < problem_.d; ++i) dot = __builtin_fmaf(z_[i], e[i], dot);
+    if (problem_.metric == Metric::inner_product) return dot;
+    return -((z2_ + problem_.e2[code]) - 2 * dot);
+  }
+
+  const QuantizeProblem& problem_;
+  const float* z_;
+  float z2_;
+  float score_ = 0;
+  int64_t code_ = -1;
+  int64_t tie_ = INT64_MAX;
+};
+
+// Calls visit(code) for the codes of every (group, lane) that reaches the threshold.
+template <class Visit>
+void for_candidates(const float* maxima, int64_t groups, int64_t k, float threshold, Visit visit) {
+  const Vec bound = splat(threshold);
+  for (int64_t group = 0; group < groups; ++group) {
+    uint32_t lanes = mask_ge(load(maxima + group * kLanes), bound);
+    for (; lanes != 0; lanes &= lanes - 1) {
+      const int64_t first = group * kGroup + __builtin_ctz(lanes);
+      for (int64_t code = first; code < (group + 1) * kGroup && code < k; code += kLanes) visit(code);
+    }
+  }
+}
+
+int64_t decide(const QuantizeProblem& problem, const PackedCodebook& packed, int64_t row, const float* maxima) {
+  const int64_t groups = packed.padded_k / kGroup;
+  Vec best = load(maxima);
+  for (int64_t group = 1; group < groups; ++group) best = max(best, load(maxima + group * kLanes));
+  float lanes[kLanes];
+  store(lanes, best);
+  float top = lanes[0];
+  for (int l = 1; l < kLanes; ++l) top = lanes[l] > top ? lanes[l] : top;
+  double z_norm2 = 0;
+  for (int64_t i = 0; i < problem.d; ++i) {
+    const double x = problem.z[row * problem.d + i];
+    z_norm2 += x * x;
+  }
+  const double bound = slack(problem, z_norm2, packed.max_norm2);
+  Best winner(problem, row);
+  const bool finite = std::isfinite(top) && bound <= 0x1p120;
+  const float threshold = static_cast<float>(top - bound);
+  const bool ties = problem.metric == Metric::inner_product;
+  if (finite) {
+    // Rounded down by one part in 2^23, since the conversion rounds to nearest.
+    const float lower = threshold - std::fabs(threshold) * 0x1p-23f;
+    for_candidates(maxima, groups, problem.k, lower, [&](int64_t code) { winner.offer(code); });
+    if (ties) for_candidates(maxima, groups, problem.k, lower, [&](int64_t code) { winner.offer_tie(code); });
+  } else {
+    for (int64_t code = 0; code < problem.k; ++code) winner.offer(code);
+    for (int64_t code = 0; ties && code < problem.k; ++code) winner.offer_tie(code);
+  }
+  winner.settle_ties();
+  return winner.code();
+}
+
+}  // namespace
+
+int64_t codebook_panel_width() { return kWidth; }
+
+void codebook_pack_panel(const QuantizeProblem& problem, int64_t first_code, float* panel, float* bias) {
+  for (int64_t c = 0; c < kWidth; ++c) {
+    const int64_t code = first_code + c;
+    const bool real = code < problem.k;
+    for (int64_t i = 0; i < problem.d; ++i)
+      panel[i * kWidth + c] = real ? problem.codebook[code * problem.d + i] : 0.0f;
+    bias[c] = !real ? -__builtin_inff() : problem.metric == Metric::l2 ? -0.5f * problem.e2[code] : 0.0f;
+  }
+}
+
+int64_t codebook_scratch_floats(const QuantizeProblem& problem, int64_t padded_k) {
+  return kBlockRows * problem.d + kBlockRows * (padded_k / kGroup) * kLanes;
+}
+
+void codebook_quantize_rows(const QuantizeProblem& problem, const PackedCodebook& packed, int64_t first, int64_t last,
+                            float* scratch) {
+  const int64_t d = problem.d, groups = packed.padded_k / kGroup, stride = groups * kLanes;
+  float* tiles = scratch;                           // [tiles][d][kRows]
+  float* maxima = scratch + kBlockRows * d;         // [kBlockRows][groups][kLanes]
+  for (int64_t row = first; row < first + kBlockRows; ++row) {
+    const int64_t local = row - first;
+    float* tile = tiles + local / kRows * kRows * d + local % kRows;
+    for (int64_t i = 0; i < d; ++i) tile[i * kRows] = row < last ? problem.z[row * d + i] : 0.0f;
+  }
+  for (int64_t group = 0; group < groups; ++group)
+    for (int64_t local = 0; local < last - first; local += kRows)
+      propose(tiles + local * d, packed.panels + group * kGroup * d, packed.bias + group * kGroup, d,
+              maxima + local * stride + group * kLanes, stride);
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t code = decide(problem, packed, row, maxima + (row - first) * stride);
+    problem.indices[row] = code;
+    std::memcpy(problem.quantized + row * d, problem.codebook + code * d, static_cast<size_t>(d) * sizeof(float));
+  }
+}
+
+}  // namespace gear::GEAR_ISA

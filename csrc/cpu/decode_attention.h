@@ -1,0 +1,40 @@
+// One new token per row: rotate, write to the cache, attend; see ops/decode_attention.py.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+#include "cpu/skinny_linear.h"
+
+namespace gear {
+
+// One call. `dtype` is that of qkv, both caches and out; strides are in elements, a head's last dimension is contiguous.
+struct DecodeAttention {
+  std::int64_t rows, n_head, n_kv_head, head_dim;
+  Dtype dtype;
+  const void* qkv;
+  std::int64_t qkv_stride;
+  void* k_cache;
+  void* v_cache;
+  std::int64_t slot_stride, head_stride, entry_stride;
+  const float* prefix_bias;       // (num_slots)
+  const std::int64_t* slots;      // (rows)
+  const std::int64_t* positions;  // (rows)
+  const float* rope;              // (block_size, head_dim / 2, 2)
+  void* out;                      // (rows, n_head * head_dim)
+};
+
+namespace cpu {
+
+void attend(const DecodeAttention& call);
+
+void decode_attention(const void* qkv, int dtype, std::int64_t qkv_stride, std::int64_t rows, std::int64_t n_head,
+                      std::int64_t n_kv_head, std::int64_t head_dim, void* k_cache, void* v_cache,
+                      std::int64_t slot_stride, std::int64_t head_stride, std::int64_t entry_stride,
+                      const float* prefix_bias, const std::int64_t* slots, const std::int64_t* positions,
+                      const float* rope, void* out);
+
+}  // namespace cpu
+}  // namespace gear
+
+GEAR_DECLARE_ISA(void, attend, (const DecodeAttention& call))

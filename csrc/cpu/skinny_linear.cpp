@@ -1,0 +1,165 @@
+// What surrounds the products: operands (RMSNorm, rounding, quantisation) and epilogues (SwiGLU, residual).
+#include "cpu/skinny_linear.h"
+
+#include "common/packing.h"
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+
+namespace gear::GEAR_ISA {
+namespace {
+
+using TileKernel = void (*)(const TileTask&, Tile&);
+
+bool in_place(WeightKind kind) { return kind == WeightKind::f32_rows || kind == WeightKind::bf16_rows; }
+
+std::int64_t element_bytes(WeightKind kind) { return in_place(kind) ? 4 : kind == WeightKind::int8_panels ? 1 : 2; }
+
+// ---- operands --------------------------------------------------------------------------------------------------------
+
+float sum_of_squares(const float* x, std::int64_t n) {
+  Vec total = zero();
+  std::int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes) total = fma(load(x + k), load(x + k), total);
+  if (k < n) {
+    const Vec rest = load_first(x + k, static_cast<int>(n - k));
+    total = fma(rest, rest, total);
+  }
+  return sum(total);
+}
+
+// wide[0 … n) = the row in fp32, normalised and weighted if asked; zeros up to n_padded.
+template <class T>
+void widen_row(const Linear& call, std::int64_t row, float* wide, std::int64_t n_padded) {
+  const std::int64_t n = call.in_features;
+  const T* x = static_cast<const T*>(call.x) + row * n;
+  for (std::int64_t k = 0; k < n; ++k) wide[k] = to_float(x[k]);
+  for (std::int64_t k = n; k < n_padded; ++k) wide[k] = 0.0f;
+  if (call.norm_weight == nullptr) return;
+  const T* weight = static_cast<const T*>(call.norm_weight);
+  const float mean = sum_of_squares(wide, n) / static_cast<float>(n);
+  const float scale = 1.0f / __builtin_sqrtf(mean + call.norm_eps);
+  // Rounded to the activations' dtype before and after the weight, as the models do.
+  for (std::int64_t k = 0; k < n; ++k) {
+    const float normalised = to_float(from_float<T>(wide[k] * scale));
+    wide[k] = to_float(from_float<T>(normalised * to_float(weight[k])));
+  }
+}
+
+// q = round(x * 127 / max|x|) and the scale max|x| / 127 that undoes it.
+float quantise_row(const float* wide, std::int64_t n_padded, std::int8_t* q) {
+  Vec largest = zero();
+  for (std::int64_t k = 0; k < n_padded; k += kLanes) largest = max(largest, abs(load(wide + k)));
+  const float top = max(largest);
+  const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+  float lanes[kLanes];
+  for (std::int64_t k = 0; k < n_padded; k += kLanes) {
+    store(lanes, round(mul(load(wide + k), splat(inverse))));
+    for (int i = 0; i < kLanes; ++i) q[k + i] = static_cast<std::int8_t>(static_cast<std::int32_t>(lanes[i]));
+  }
+  return top / 127.0f;
+}
+
+void prepare_row(const Linear& call, const Operand& operand, std::int64_t row, float* wide, std::int64_t n_padded) {
+  char* out = static_cast<char*>(operand.data) + row * operand.stride;
+  if (in_place(call.kind)) wide = reinterpret_cast<float*>(out);
+  if (call.activation == Dtype::f32) {
+    widen_row<float>(call, row, wide, n_padded);
+  } else {
+    widen_row<bf16>(call, row, wide, n_padded);
+  }
+  if (call.kind == WeightKind::int8_panels) {
+    operand.row_scales[row] = quantise_row(wide, n_padded, reinterpret_cast<std::int8_t*>(out));
+  } else if (call.kind == WeightKind::bf16_panels) {
+    for (std::int64_t k = 0; k < n_padded; k += kLanes) store(reinterpret_cast<bf16*>(out) + k, load(wide + k));
+  }
+}
+
+Operand prepare(const Linear& call) {
+  const std::int64_t bytes = element_bytes(call.kind);
+  const std::int64_t n_padded = (call.in_features + 63) / 64 * 64;
+  // A line more than the row, so that equal columns of many rows do not fall into one cache set.
+  const std::int64_t stride = n_padded * bytes + 64;
+  const std::int64_t data_bytes = (call.rows * stride + 63) / 64 * 64;
+  const std::int64_t scale_bytes = (call.rows * 4 + 63) / 64 * 64;
+  char* memory = static_cast<char*>(
+      scratch(Scratch::operand, static_cast<std::size_t>(data_bytes + scale_bytes + call.rows * n_padded * 4)));
+  const Operand operand{memory, reinterpret_cast<float*>(memory + data_bytes), stride};
+  float* wide = reinterpret_cast<float*>(memory + data_bytes + scale_bytes);
+  const auto one_row = [&](std::int64_t row) noexcept {
+    prepare_row(call, operand, row, wide + row * n_padded, n_padded);
+  };
+  if (call.rows * call.in_features < 8192) {
+    for (std::int64_t row = 0; row < call.rows; ++row) one_row(row);
+  } else {
+    parallel_for(call.rows, one_row);
+  }
+  return operand;
+}
+
+// ---- epilogue --------------------------------------------------------------------------------------------------------
+
+void gate_row(float* values, const float* gate, int n) {
+  // n is at most kTileColumns and a tile's row has that many columns: whole vectors stay inside.
+  for (int i = 0; i < n; i += kLanes) {
+    const Vec x = load(values + i);
+    const Vec silu = div(x, add(splat(1.0f), exp(sub(zero(), x))));
+    store(values + i, mul(silu, load(gate + i)));
+  }
+}
+
+template <class T>
+void store_row(const Linear& call, std::int64_t row, std::int64_t first, int n, const float* values) {
+  const std::int64_t offset = row * call.out_features + first;
+  T* y = static_cast<T*>(call.y) + offset;
+  if (call.residual == nullptr) {
+    for (int i = 0; i < n; ++i) y[i] = from_float<T>(values[i]);
+  } else {
+    const T* residual = static_cast<const T*>(call.residual) + offset;
+    for (int i = 0; i < n; ++i) y[i] = from_float<T>(to_float(residual[i]) + values[i]);
+  }
+}
+
+void compute_block(const Linear& call, const Operand& operand, TileKernel kernel, std::int64_t first, int n) {
+  Tile tile, gate;
+  for (std::int64_t row = 0; row < call.rows; row += kTileRows) {
+    const int n_rows = static_cast<int>(call.rows - row < kTileRows ? call.rows - row : kTileRows);
+    kernel(TileTask{&call, &operand, call.weight, call.scales, row, n_rows, first, n}, tile);
+    if (call.gate != nullptr) {
+      kernel(TileTask{&call, &operand, call.gate, call.gate_scales, row, n_rows, first, n}, gate);
+      for (int r = 0; r < n_rows; ++r) gate_row(tile.values[r], gate.values[r], n);
+    }
+    for (int r = 0; r < n_rows; ++r) {
+      if (call.activation == Dtype::f32) {
+        store_row<float>(call, row + r, first, n, tile.values[r]);
+      } else {
+        store_row<bf16>(call, row + r, first, n, tile.values[r]);
+      }
+    }
+  }
+}
+
+TileKernel choose_kernel(WeightKind kind) {
+  if (in_place(kind)) return &linear_rows;
+#ifdef GEAR_ISA_avx512
+  if (kind == WeightKind::bf16_panels ? has_amx_bf16() : has_amx_int8()) return &linear_amx;
+#endif
+  return &linear_panels;
+}
+
+}  // namespace
+
+void linear(const Linear& call) {
+  const Operand operand = prepare(call);
+  const TileKernel kernel = choose_kernel(call.kind);
+  // Panels are fastest four abreast; narrower blocks where there would be too few to share among the threads.
+  std::int64_t width = in_place(call.kind) ? 16 : kTileColumns;
+  while (width > kPanelColumns && call.out_features < 4 * width * num_threads()) width /= 2;
+  const std::int64_t n_blocks = (call.out_features + width - 1) / width;
+  parallel_for(n_blocks, [&](std::int64_t block) noexcept {
+    const std::int64_t first = block * width;
+    const std::int64_t left = call.out_features - first;
+    compute_block(call, operand, kernel, first, static_cast<int>(left < width ? left : width));
+  });
+}
+
+}  // namespace gear::GEAR_ISA
