@@ -45,7 +45,7 @@ def _rows(z: torch.Tensor) -> torch.Tensor:
 def _grid(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """[B * H * W, d] -> [B, d, H, W], the shape of ``like``."""
     batch, channels, height, width = like.shape
-    return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return rows.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 class Quantizer(nn.Module):
@@ -270,12 +270,12 @@ class LookupFreeQuantizer(Quantizer):
         rows = _rows(z)
         positive = rows > 0
         signs = torch.where(positive, 1.0, -1.0).to(rows.dtype)
-        indices = (positive.view(-1, self.group_dim).long() << self._bits(z.device)).sum(dim=1)
+        indices = (positive.reshape(-1, self.group_dim).long() << self._bits(z.device)).sum(dim=1)
         distance = self.distances(z) if self.training or return_distance else None
         commit_loss = total = sample = average = rows.new_zeros(())
         if self.training:
             assert distance is not None
-            groups = (-distance).view(-1, self.num_codebooks, self.num_codes).unbind(1)
+            groups = (-distance).reshape(-1, self.num_codebooks, self.num_codes).unbind(1)
             losses = [torch.stack(entropy_loss(group, self.entropy_temperature)) for group in groups]
             total, sample, average = torch.stack(losses).mean(dim=0)
             commit_loss = self.beta * F.mse_loss(rows, signs)

@@ -89,7 +89,7 @@ class Tokenizer(nn.Module):
         if shape is None:
             shape, channel_first = self._infer_shape(codes), True
         quant = self.quantize.get_codebook_entry(codes, shape, channel_first)
-        return (quant if channel_first else quant.permute(0, 3, 1, 2)).to(self.dtype)
+        return (quant if channel_first else quant.permute(0, 3, 1, 2).contiguous()).to(self.dtype)
 
     def decode_code(
         self, codes: torch.Tensor, shape: Sequence[int] | None = None, channel_first: bool = True
