@@ -12,7 +12,9 @@ __all__ = [
     "ConfigError",
     "GearError",
     "InvalidRequestError",
+    "NumericalError",
     "OutOfMemoryError",
+    "ReportError",
     "ResumeMismatchError",
     "UnsafeCheckpointError",
     "WorkerLostError",
@@ -43,8 +45,16 @@ class BackendUnavailableError(GearError, RuntimeError):
     """The backend that was asked for cannot run here; the message says why."""
 
 
+class NumericalError(GearError, ArithmeticError):
+    """The model returned numbers that are not finite; the message says what to try."""
+
+
 class OutOfMemoryError(GearError, MemoryError):
     """A plan does not fit in memory; the message holds the arithmetic. Nothing was allocated."""
+
+
+class ReportError(GearError, ValueError):
+    """A benchmark report is unreadable, of another schema version, or cannot be compared with another."""
 
 
 class ResumeMismatchError(GearError, RuntimeError):

@@ -69,7 +69,7 @@ class StaticKVCache:
         return self.kv.device
 
     def write_prefix(self, slots: torch.Tensor, values: torch.Tensor, bias: torch.Tensor) -> None:
-        """Starts sequences in ``slots`` int64 (R,) with ``values`` (n_layer, R, n_kv_head, head_dim) and ``bias`` (R,)."""
+        """Starts sequences in ``slots`` (R,): ``values`` (n_layer, R, n_kv_head, head_dim), ``bias`` fp32 (R,)."""
         # Keys of entry 0 stay zero: nobody writes there.
         self.kv[:, 1, :, :, 0][:, slots] = values.to(self.dtype)
         self.prefix_bias[slots] = bias

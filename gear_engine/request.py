@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from gear_engine.errors import InvalidRequestError
 
-__all__ = ["ImageRequest", "RngMode", "SamplingParams"]
+__all__ = ["ImageRequest", "RngMode", "SamplingParams", "check_length", "check_source"]
 
 #: ``"torch"``: the official draw order from a torch generator. ``"philox"``: a counter-based stream per image.
 RngMode = Literal["torch", "philox"]
@@ -34,8 +35,9 @@ class SamplingParams:
 
     Per step, on one image's logits l (fp32, vocabulary V):
 
-    1. guidance, only if ``cfg_scale > 1``: ``l = l_uncond + (l_cond - l_uncond) * cfg_scale``. With
-       ``cfg_interval = n > -1``, decode step i (0 = the step after the first sampled token) uses l_cond alone when i > n.
+    1. guidance, only if ``cfg_scale > 1``: ``l = l_uncond + (l_cond - l_uncond) * cfg_scale``.
+       With ``cfg_interval = n > -1``, decode step i (0 = the step after the first sampled token) uses l_cond alone
+       when i > n.
     2. ``l / max(temperature, 1e-5)``.
     3. top-k: keep the ``min(top_k, V)`` largest and all ties with the last of them; 0 keeps all.
     4. top-p: of what is left, in descending order, drop tokens after the cumulative probability first exceeds
@@ -91,6 +93,9 @@ class ImageRequest:
         label: class label in ``[0, num_classes]`` (``num_classes`` is the unconditional class), or None for text.
         caption: encoder states (T, caption_dim) of the caption, or None for labels.
         caption_mask: (T,) booleans, True where ``caption`` holds a token; None means all.
+        null_caption: encoder states (T, caption_dim) of the empty caption: guidance needs it, unless the model has a
+            learned one.
+        null_caption_mask: (T,), as ``caption_mask``.
         seed: key of the image's own Philox stream, in ``[0, 2**63)``.
         params: sampling settings.
         max_new_tokens: image tokens to draw; None means the model's ``block_size``.
@@ -99,6 +104,8 @@ class ImageRequest:
     label: int | None = None
     caption: Any = None
     caption_mask: Any = None
+    null_caption: Any = None
+    null_caption_mask: Any = None
     seed: int = 0
     params: SamplingParams = SamplingParams()
     max_new_tokens: int | None = None
@@ -112,3 +119,46 @@ class ImageRequest:
             raise InvalidRequestError(f"seed must lie in [0, 2**63), got {self.seed}")
         if self.max_new_tokens is not None and _integer("max_new_tokens", self.max_new_tokens) < 1:
             raise InvalidRequestError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+
+
+def check_length(max_new_tokens: int | None, limit: int) -> int:
+    """Image tokens to draw, ``limit`` by default.
+
+    Raises:
+        InvalidRequestError: not an integer in ``[1, limit]``.
+    """
+    if max_new_tokens is None:
+        return limit
+    if not 1 <= _integer("max_new_tokens", max_new_tokens) <= limit:
+        raise InvalidRequestError(f"max_new_tokens {max_new_tokens} must lie in [1, {limit}]")
+    return max_new_tokens
+
+
+def check_source(
+    rng: RngMode, count: int, max_images: int, seeds: Sequence[int] | None, has_generator: bool
+) -> list[int]:
+    """One Philox key per image, 0 ... count - 1 by default (all 0, and unused, under ``rng="torch"``).
+
+    Raises:
+        InvalidRequestError: not ``count`` seeds in ``[0, 2**63)``; a source of randomness that does not go with
+            ``rng``; or more images than ``rng="torch"`` can draw in step.
+    """
+    if rng == "torch":
+        if seeds is not None:
+            raise InvalidRequestError("seeds go with rng='philox'; seed the torch generator for rng='torch'")
+        if count > max_images:
+            raise InvalidRequestError(
+                f"rng='torch' draws for all images in step: {count} images need max_images >= {count}, not {max_images}"
+            )
+        return [0] * count
+    if rng != "philox":
+        raise InvalidRequestError(f"rng must be 'torch' or 'philox', got {rng!r}")
+    if has_generator:
+        raise InvalidRequestError("a torch generator goes with rng='torch'; rng='philox' takes seeds")
+    found = list(range(count)) if seeds is None else list(seeds)
+    if len(found) != count:
+        raise InvalidRequestError(f"{len(found)} seeds for {count} images")
+    for seed in found:
+        if not 0 <= _integer("seed", seed) < 2**63:
+            raise InvalidRequestError(f"seed must lie in [0, 2**63), got {seed}")
+    return found

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from gear_engine.config import GeneratorConfig
+from gear_engine.engine import Engine
 from gear_engine.models.condition import TextCondition
 from gear_engine.models.transformer import Transformer
+from gear_engine.request import SamplingParams
 from tests.golden_weights import golden_index, golden_state_dict, load_golden, relative_error
 
 CLASS = ["c2i_hd32", "c2i_hd64", "c2i_hd72", "c2i_hd100"]
@@ -59,3 +61,39 @@ def test_text_teacher_logits(goldens_dir: Path, name: str) -> None:
         logits = golden_model(goldens_dir, name)(golden["teacher_tokens"], condition)
     assert logits.shape == golden["teacher_logits"].shape
     assert relative_error(logits, golden["teacher_logits"]) <= 1e-5
+
+
+def _runs(goldens_dir: Path, name: str) -> list[tuple[int, SamplingParams, torch.Tensor]]:
+    golden = load_golden(goldens_dir, name)
+    runs = []
+    for index, run in enumerate(golden_index(goldens_dir)[name]["runs"]):
+        settings = {key: value for key, value in run.items() if key != "seed"}
+        runs.append((run["seed"], SamplingParams(**settings), golden[f"run{index}.tokens"]))
+    return runs
+
+
+def _check_runs(goldens_dir: Path, name: str, condition: torch.Tensor | TextCondition) -> None:
+    engine = Engine(golden_model(goldens_dir, name), max_images=len(condition))
+    for seed, params, tokens in _runs(goldens_dir, name):
+        torch.manual_seed(seed)
+        drawn = engine.generate(condition, params, rng="torch")
+        assert drawn.dtype == torch.int32
+        assert torch.equal(drawn, tokens), params
+
+
+@pytest.mark.parametrize("name", CLASS)
+def test_class_tokens(goldens_dir: Path, name: str) -> None:
+    _check_runs(goldens_dir, name, load_golden(goldens_dir, name)["cond"])
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_text_tokens(goldens_dir: Path, name: str) -> None:
+    golden = load_golden(goldens_dir, name)
+    names = ("cond_emb", "cond_mask", "uncond_emb", "uncond_mask")
+    _check_runs(goldens_dir, name, TextCondition(*(golden[key] for key in names)))
+
+
+@pytest.mark.parametrize("name", LLAMAGEN_TEXT)
+def test_llamagen_text_tokens(goldens_dir: Path, name: str) -> None:
+    golden = load_golden(goldens_dir, name)
+    _check_runs(goldens_dir, name, TextCondition(golden["cond"], golden["emb_masks"]))

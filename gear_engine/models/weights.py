@@ -169,6 +169,12 @@ class GeneratorWeights:
     def nbytes(self) -> int:
         return sum(weight.nbytes for weight in self.weights())
 
+    def nbytes_as(self, dtype: torch.dtype) -> int:
+        """Bytes that :meth:`to` allocates for ``dtype`` on the same device; 0 if the weights are shared."""
+        if dtype == self.dtype:
+            return 0
+        return sum(w.numel() * dtype.itemsize for w in self.weights() if isinstance(w, torch.Tensor))
+
     def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> GeneratorWeights:
         """The same weights on ``device`` in ``dtype``; those that are so already are shared, not copied."""
 

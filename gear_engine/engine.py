@@ -1,0 +1,291 @@
+"""The engine: requests in, image tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from gear_engine.errors import ConfigError, InvalidRequestError, NumericalError
+from gear_engine.kv_cache import StaticKVCache
+from gear_engine.memory import available_bytes, check_fits, engine_plan
+from gear_engine.models.condition import Condition
+from gear_engine.models.transformer import Transformer
+from gear_engine.models.weights import GeneratorWeights
+from gear_engine.ops import GeneratorOps
+from gear_engine.prefixes import PrefixEncoder, caption_condition, check_conditions
+from gear_engine.request import ImageRequest, RngMode, SamplingParams, check_length, check_source
+from gear_engine.rows import RowTensors
+from gear_engine.runner import decode_step
+from gear_engine.sampler import Noise, TorchNoise
+from gear_engine.scheduler import ScheduledBatch, ScheduledImage, Scheduler
+
+__all__ = ["Engine", "FinishedImage"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+#: ``callback(step, total, tokens_so_far)``; tokens int32 (B, n), -1 where nothing is drawn yet.
+StepCallback = Callable[[int, int, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class FinishedImage:
+    """All tokens of one request.
+
+    Attributes:
+        request_id: what :meth:`Engine.add_request` returned.
+        tokens: int32 (n,), on the engine's device.
+    """
+
+    request_id: int
+    tokens: torch.Tensor
+
+
+class Engine:
+    """Draws image tokens with one generator: fixed slots in a static cache, every image with its own settings.
+
+    Args:
+        generator: a :class:`Transformer` in eval mode, or weights. They are read in place and never written; a later
+            change of the parameters shows (call :meth:`invalidate` then: unconditional captions are kept).
+        max_images: images in flight at once; more requests wait.
+        dtype: compute and cache dtype; None means the weights'. Another dtype copies the weights.
+        backend: one backend name for all ops, or a name per op; see :mod:`gear_engine.ops.backends`.
+        max_new_tokens: the longest request; None means the model's ``block_size``.
+        memory_budget: bytes that the engine may allocate; None means what the device has available.
+
+    Raises:
+        ConfigError: the module is in training mode, or a number is out of range.
+        BackendUnavailableError: a backend cannot run here.
+        OutOfMemoryError: weights and cache do not fit; nothing was allocated.
+    """
+
+    def __init__(
+        self,
+        generator: Transformer | GeneratorWeights,
+        *,
+        max_images: int = 8,
+        dtype: torch.dtype | None = None,
+        backend: str | Mapping[str, str] = "auto",
+        max_new_tokens: int | None = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        weights = _weights_of(generator)
+        config = self.config = weights.config
+        self.dtype = weights.dtype if dtype is None else dtype
+        self.device = weights.device
+        if self.dtype not in _DTYPES:
+            raise ConfigError(f"an engine computes in float32, bfloat16 or float16, not in {self.dtype}")
+        self.scheduler = Scheduler(max_images)
+        self.max_images = max_images
+        self.max_new_tokens = config.block_size if max_new_tokens is None else max_new_tokens
+        if not 1 <= self.max_new_tokens <= config.block_size:
+            raise ConfigError(f"max_new_tokens {max_new_tokens} must lie in [1, block_size = {config.block_size}]")
+        self.ops = GeneratorOps.resolve(self.device, self.dtype, backend)
+        plan = engine_plan(
+            config,
+            num_slots=2 * max_images,
+            max_tokens=self.max_new_tokens,
+            dtype=self.dtype,
+            weight_bytes=weights.nbytes_as(self.dtype),
+        )
+        available = available_bytes(self.device) if memory_budget is None else memory_budget
+        check_fits(plan, available, f"lower max_images (now {max_images}) or choose a smaller dtype")
+        self.cache = StaticKVCache(config, 2 * max_images, self.max_new_tokens, self.dtype, self.device)
+        self._tokens = torch.zeros(2 * max_images, self.max_new_tokens, dtype=torch.int64, device=self.device)
+        self._prefixes = PrefixEncoder()
+        self._weights: GeneratorWeights | None = None
+        self.bind(weights)
+        self.reset()
+
+    def bind(self, generator: Transformer | GeneratorWeights | None) -> None:
+        """Reads other weights of the same architecture from now on; None lets go of the present ones.
+
+        Raises:
+            ConfigError: the architecture differs, or images are in flight.
+        """
+        if self.scheduler.num_unfinished:
+            raise ConfigError(f"{self.scheduler.num_unfinished} images are in flight: finish or reset() first")
+        self.invalidate()
+        self._weights = None
+        if generator is not None:
+            weights = _weights_of(generator)
+            if weights.config != self.config:
+                raise ConfigError(f"the engine was built for {self.config}, not for {weights.config}")
+            self._weights = weights.to(self.device, self.dtype)
+
+    def invalidate(self) -> None:
+        """Forgets what was computed from the weights: to be called when they have changed in place."""
+        self._prefixes.forget()
+
+    def reset(self) -> None:
+        """Drops every request, waiting or in flight."""
+        self.scheduler.clear()
+        self._finished: list[FinishedImage] = []
+        self._rows: RowTensors | None = None
+
+    @property
+    def weights(self) -> GeneratorWeights:
+        if self._weights is None:
+            raise ConfigError("the engine holds no weights: bind() some first")
+        return self._weights
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that wait or are in flight."""
+        return self.scheduler.num_unfinished
+
+    def add_request(self, request: ImageRequest, *, rng: RngMode = "philox") -> int:
+        """Queues one image; it starts as soon as a slot is free, beside images in flight.
+
+        Returns:
+            The request's number, as in :class:`FinishedImage`.
+
+        Raises:
+            InvalidRequestError: the request does not fit the model, or ``rng`` is ``"torch"``, whose draws are one
+                stream for a whole batch: only :meth:`generate` can follow its order.
+        """
+        if rng != "philox":
+            raise InvalidRequestError(f"rng={rng!r} draws for whole batches in step: use generate(), or rng='philox'")
+        total = check_length(request.max_new_tokens, self.max_new_tokens)
+        condition = caption_condition(request) if request.label is None else [request.label]
+        (checked,), _ = check_conditions(condition, request.params, self.config)
+        return self.scheduler.add(checked, request.params, request.seed, total).request_id
+
+    def generate(
+        self,
+        condition: Condition | Sequence[int],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        rng: RngMode = "philox",
+        seeds: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        max_new_tokens: int | None = None,
+        callback: StepCallback | None = None,
+    ) -> torch.Tensor:
+        """Tokens of B images.
+
+        Args:
+            condition: int64 labels (B,) (tensor or sequence), or a :class:`TextCondition` of B captions.
+            params: settings of all images, or one per image; None means the defaults.
+            rng: ``"philox"``: any B, images wait for slots. ``"torch"``: B <= max_images, all images in step, noise
+                drawn from ``generator`` in the official order.
+            seeds: Philox only: one per image; None means 0 ... B - 1.
+            generator: torch only; None means the global one of the engine's device.
+            max_new_tokens: tokens per image; None means the engine's maximum.
+            callback: called after every step; an exception of its drops this batch and leaves the engine usable.
+
+        Returns:
+            int32 (B, max_new_tokens) on the engine's device.
+
+        Raises:
+            InvalidRequestError: an argument is out of range, or other requests are in flight.
+            NumericalError: the model's logits are not finite.
+        """
+        total = check_length(max_new_tokens, self.max_new_tokens)
+        conditions, every = check_conditions(condition, params, self.config)
+        batch = len(conditions)
+        keys = check_source(rng, batch, self.max_images, seeds, generator is not None)
+        if self.num_unfinished:
+            raise InvalidRequestError(f"{self.num_unfinished} requests are in flight: step() until they are done")
+        noise = TorchNoise(generator) if rng == "torch" else None
+        out = torch.full((batch, total), -1, dtype=torch.int32, device=self.device)
+        try:
+            images = [self.scheduler.add(*each, total) for each in zip(conditions, every, keys, strict=True)]
+            row_of = {image.request_id: row for row, image in enumerate(images)}
+            steps = -(-batch // self.max_images) * total
+            for step in range(steps):
+                for finished in self._step(noise):
+                    out[row_of[finished.request_id]] = finished.tokens
+                if callback is not None:
+                    for image in self.scheduler.running:
+                        out[row_of[image.request_id], image.drawn - 1] = self._tokens[image.cond_slot, image.drawn - 1]
+                    callback(step, steps, out)
+        finally:
+            # Nothing is left after a complete run; after an exception the unfinished images go.
+            self.reset()
+        return out
+
+    def step(self) -> list[FinishedImage]:
+        """One token for every image in flight; returns the images that are complete.
+
+        An exception (an interrupt, say) loses nothing: the next call repeats what was not finished.
+        """
+        return self._step(None)
+
+    def _step(self, noise: Noise | None) -> list[FinishedImage]:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(torch.autocast(self.device.type, enabled=False))
+            for batch in self.scheduler.schedule():
+                rows = self._row_tensors(batch, noise)
+                logits, positions = self._prefill(batch, rows) if batch.is_prefill else self._decode(batch, rows)
+                tokens = rows.noise.sample(self.ops, logits, rows.table, positions)
+                self._record(batch, rows, positions, tokens, logits)
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _row_tensors(self, batch: ScheduledBatch, noise: Noise | None) -> RowTensors:
+        if self._rows is None or self._rows.version != batch.version:
+            self._rows = RowTensors.build(batch, noise, self.config.vocab_size, self.device)
+        return self._rows
+
+    def _prefill(self, batch: ScheduledBatch, rows: RowTensors) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (R, V) of image token 0, and the positions (B,) that they are for."""
+        guided = [image.uncond_slot is not None for image in batch.images]
+        conditions = [image.condition for image in batch.images]
+        if self.config.conditioning == "class":
+            state = self._prefixes.labels(self.weights, self.ops, conditions, sum(guided))
+        else:
+            state = self._prefixes.captions(self.weights, self.ops, conditions, guided)
+        self.cache.write_prefix(rows.slots, state.values, state.bias)
+        return state.logits, torch.zeros_like(rows.cond_slots)
+
+    def _decode(self, batch: ScheduledBatch, rows: RowTensors) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (R, V) of every image's next token, and the positions (B,) that they are for."""
+        positions = rows.positions(batch)  # [R], of the tokens to be drawn
+        fed = positions - 1
+        logits = decode_step(
+            self.weights,
+            self.ops,
+            self.cache,
+            rows.slots,
+            fed,
+            self._tokens[rows.images, fed],
+            first_slot=rows.first_slot,
+            position=batch.images[0].drawn - 1 if rows.in_step else None,
+        )
+        return logits, positions[: len(batch.images)]
+
+    def _record(
+        self,
+        batch: ScheduledBatch,
+        rows: RowTensors,
+        positions: torch.Tensor,
+        tokens: torch.Tensor,
+        logits: torch.Tensor,
+    ) -> None:
+        """Stores the drawn tokens; images that are complete leave."""
+        self._tokens[rows.cond_slots, positions] = tokens
+        last = [image.drawn + 1 == image.total for image in batch.images]
+        # A number that is not finite stays in the cache: looking at an image's last logits finds it.
+        if any(last) and not bool(torch.isfinite(logits).all()):
+            self.reset()
+            self.cache.kv.zero_()
+            raise NumericalError(f"the model's logits are not finite in {self.dtype}; try float32 or other weights")
+        for image in self.scheduler.advance(batch):
+            # Drawn inside inference mode; a clone made outside can be used by autograd.
+            with torch.inference_mode(False):
+                self._finished.append(FinishedImage(image.request_id, self._take(image)))
+
+    def _take(self, image: ScheduledImage) -> torch.Tensor:
+        return self._tokens[image.cond_slot, : image.total].to(torch.int32)
+
+
+def _weights_of(generator: Transformer | GeneratorWeights) -> GeneratorWeights:
+    if isinstance(generator, GeneratorWeights):
+        return generator
+    if generator.training:
+        raise ConfigError("the generator is in training mode: call eval() first")
+    return generator.weights()
