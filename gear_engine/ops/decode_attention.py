@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from gear_engine.ops import backends, native
+from gear_engine.ops import backends, native, triton_backend
 
 __all__ = ["decode_attention", "reference", "rotate"]
 
@@ -185,6 +185,7 @@ def _cpu(
 
 
 backends.register("decode_attention", "reference", lambda: reference)
+triton_backend.register("decode_attention")
 backends.register(
     "decode_attention",
     "cpu",

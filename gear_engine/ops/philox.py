@@ -32,7 +32,7 @@ from typing import Final
 
 import torch
 
-from gear_engine.ops import backends
+from gear_engine.ops import backends, triton_backend
 
 __all__ = ["LN2_HIGH", "LN2_LOW", "LOG1P", "SQRT_HALF_BITS", "exponential", "philox4x32", "reference", "uniform"]
 
@@ -134,3 +134,4 @@ def reference(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> 
 
 
 backends.register("philox", "reference", lambda: reference)
+triton_backend.register("philox", frozenset({torch.float32}))

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from gear_engine.ops import backends, philox
+from gear_engine.ops import backends, philox, triton_backend
 from gear_engine.request import SamplingParams
 
 __all__ = ["SamplingTable", "filter_logits", "guide", "reference", "sample_tokens"]
@@ -185,3 +185,4 @@ def reference(
 
 
 backends.register("sample_tokens", "reference", lambda: reference)
+triton_backend.register("sample_tokens", frozenset({torch.float32}))

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from gear_engine.ops import backends, native
+from gear_engine.ops import backends, native, triton_backend
 
 __all__ = ["PackKind", "PackedWeight", "Weight", "pack", "reference", "rms_norm", "skinny_linear", "unpack"]
 
@@ -215,6 +215,7 @@ def _cpu(
 
 
 backends.register("skinny_linear", "reference", lambda: reference)
+triton_backend.register("skinny_linear")
 backends.register(
     "skinny_linear",
     "cpu",

@@ -1,0 +1,125 @@
+"""Triton kernels against their references: on a GPU if there is one, otherwise in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gear_engine.ops import decode_attention, philox, sample_tokens, skinny_linear
+from gear_engine.ops.backends import resolve
+from gear_engine.ops.sample_tokens import SamplingTable
+from gear_engine.request import SamplingParams
+from tests.golden_weights import relative_error
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The interpreter multiplies fp32 and fp16 like a GPU; for bf16 its tl.dot is wrong, so that runs on GPUs only.
+DOT_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+SETTINGS = [
+    SamplingParams(cfg_scale=4.0, temperature=0.9, top_k=50),
+    SamplingParams(cfg_scale=1.5, top_p=0.9),
+    SamplingParams(top_k=200, top_p=0.95, temperature=1.1),
+    SamplingParams(sample_logits=False),
+    SamplingParams(),
+    SamplingParams(top_k=1),
+]
+
+
+def test_philox_equals_the_reference_bit_for_bit() -> None:
+    seeds = torch.tensor([0, 1, 2**62 + 12345, 987654321987], device=DEVICE)
+    positions = torch.tensor([0, 5, 255, 1000], device=DEVICE)
+    kernel = resolve("philox", DEVICE, torch.float32, "triton").load()
+    for vocab_size in (1, 503, 1024, 2049):
+        assert torch.equal(kernel(seeds, positions, vocab_size), philox.reference(seeds, positions, vocab_size)), (
+            vocab_size
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "n_head", "n_kv_head", "head_dim", "entries"), [(3, 4, 4, 32, 81), (2, 4, 2, 72, 150), (1, 2, 1, 100, 3)]
+)
+def test_decode_attention(
+    rows: int, n_head: int, n_kv_head: int, head_dim: int, entries: int, dtype: torch.dtype
+) -> None:
+    slots = torch.randperm(5, device=DEVICE)[:rows]
+    positions = torch.randint(0, entries - 1, (rows,), device=DEVICE)
+    positions[0] = entries - 2
+    qkv = torch.randn(rows, (n_head + 2 * n_kv_head) * head_dim, device=DEVICE).to(dtype)
+    cache = torch.randn(2, 5, n_kv_head, entries, head_dim, device=DEVICE).to(dtype)
+    cache[0, :, :, 0] = 0
+    bias = torch.tensor([0.0, 1.3, float("-inf"), 2.0, 0.0], device=DEVICE)
+    rope = torch.randn(entries, head_dim // 2, 2, device=DEVICE)
+    expected_cache = cache.clone()
+    expected = decode_attention.reference(
+        qkv, expected_cache[0], expected_cache[1], bias, slots, positions, rope, n_head
+    )
+    cache[0, :, :, 0] = float("nan")  # prefix keys are never read
+    actual = decode_attention.decode_attention(
+        qkv, cache[0], cache[1], bias, slots, positions, rope, n_head, backend="triton"
+    )
+    assert relative_error(actual, expected) <= TOLERANCE[dtype]
+    cache[0, :, :, 0] = 0
+    assert relative_error(cache, expected_cache) <= TOLERANCE[dtype]
+    untouched = torch.ones_like(cache, dtype=torch.bool)
+    untouched[:, slots, :, positions + 1] = False
+    assert torch.equal(cache[untouched], expected_cache[untouched])
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize(("rows", "in_features", "out_features"), [(2, 100, 70), (17, 256, 33), (1, 48, 1)])
+def test_skinny_linear(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+    def random(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, device=DEVICE) / in_features**0.5).to(dtype)
+
+    x, weight, gate = random(rows, in_features), random(out_features, in_features), random(out_features, in_features)
+    norm_weight, residual = 1 + random(in_features), random(rows, out_features)
+    for options in (
+        {},
+        {"norm_weight": norm_weight},
+        {"norm_weight": norm_weight, "gate": gate},
+        {"residual": residual},
+    ):
+        actual = skinny_linear.skinny_linear(x, weight, **options, backend="triton")
+        assert relative_error(actual, skinny_linear.reference(x, weight, **options)) <= TOLERANCE[dtype], options
+
+
+def test_skinny_linear_gives_a_row_the_same_bits_in_any_batch() -> None:
+    x, weight = torch.randn(19, 200, device=DEVICE), torch.randn(40, 200, device=DEVICE)
+    together = skinny_linear.skinny_linear(x, weight, backend="triton")
+    for row in (0, 15, 16, 18):
+        assert torch.equal(skinny_linear.skinny_linear(x[row : row + 1], weight, backend="triton")[0], together[row])
+
+
+@pytest.mark.parametrize("vocab_size", [17, 503, 1024])
+@pytest.mark.parametrize("noise_given", [True, False])
+def test_sample_tokens(vocab_size: int, noise_given: bool) -> None:
+    table = SamplingTable.build(SETTINGS, [p.uses_guidance for p in SETTINGS], vocab_size, DEVICE)
+    for trial in range(4):
+        logits = torch.randn(table.rows, vocab_size, device=DEVICE) * (1 + trial)
+        source = {
+            "seeds": torch.randint(0, 2**62, (len(SETTINGS),), device=DEVICE),
+            "positions": torch.randint(0, 256, (len(SETTINGS),), device=DEVICE),
+        }
+        if noise_given:
+            source = {"noise": torch.empty(len(SETTINGS), vocab_size, device=DEVICE).exponential_()}
+        expected = sample_tokens.reference(logits, table, **source)
+        assert torch.equal(sample_tokens.sample_tokens(logits, table, **source, backend="triton"), expected)
+
+
+def test_top_k_keeps_all_ties() -> None:
+    settings = [SamplingParams(top_k=3)]
+    table = SamplingTable.build(settings, [False], 64, DEVICE)
+    logits = torch.zeros(1, 64, device=DEVICE)
+    logits[0, 10] = 1.0  # 1 distinct, then 63 ties at the threshold: all stay
+    for token in (0, 10, 40, 63):
+        noise = torch.ones(1, 64, device=DEVICE)
+        noise[0, token] = 1e-6
+        assert sample_tokens.sample_tokens(logits, table, noise=noise, backend="triton").item() == token
+    logits[0, 20:22] = 0.5
+    noise = torch.ones(1, 64, device=DEVICE)
+    noise[0, 40] = 1e-6  # the third largest is 0.5: the zeros are gone
+    assert sample_tokens.sample_tokens(logits, table, noise=noise, backend="triton").item() in (10, 20, 21)
