@@ -1,0 +1,63 @@
+"""Keeps user names, host names and paths out of reports, which people publish."""
+
+from __future__ import annotations
+
+import getpass
+import re
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+from gear_engine.errors import ReportError
+
+__all__ = ["check_private", "scrub"]
+
+#: An absolute or home-relative path of at least two components, POSIX or Windows.
+_PATH = re.compile(r"(?<![\w/.:<])(?:~|[A-Za-z]:\\|/(?=[\w.~-]+/))[^\s'\",;:)\]]*")
+#: Names that say nothing about anybody and are ordinary words of error messages.
+_COMMON = frozenset(
+    {"root", "user", "localhost", "runner", "ubuntu", "admin", "python", "torch", "cuda", "main", "test"}
+)
+
+
+def _names() -> dict[str, str]:
+    """Word that must not appear -> what stands for it."""
+    found = {}
+    try:
+        found[getpass.getuser()] = "USER"
+    except (KeyError, OSError):
+        pass  # a process without an entry in the user database has no name to hide
+    for host in {socket.gethostname(), socket.gethostname().split(".")[0]}:
+        found[host] = "HOST"
+    return {name: word for name, word in found.items() if len(name) >= 3 and name.lower() not in _COMMON}
+
+
+def scrub(text: str) -> str:
+    """``text`` with paths replaced by PATH, this machine's name by HOST and the user's by USER."""
+    text = _PATH.sub("PATH", text)
+    for name, word in _names().items():
+        text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", word, text)
+    return text
+
+
+def _strings(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield f"{where}.{key}", str(key)
+            yield from _strings(inner, f"{where}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            yield from _strings(inner, f"{where}[{index}]")
+
+
+def check_private(record: dict[str, Any]) -> None:
+    """Refuses a record that holds a path, this machine's name or the user's.
+
+    Raises:
+        ReportError: names the field, not its content.
+    """
+    for where, text in _strings(record, "report"):
+        if scrub(text) != text:
+            raise ReportError(f"{where} holds a path, a host name or a user name; reports must hold none")
