@@ -2,9 +2,16 @@
 #include "common/bind.h"
 #include "cpu/codebook_quantize.h"
 #include "cpu/decode_attention.h"
+#include "cpu/decode_step.h"
+#include "cpu/group_norm_silu.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/residual_moments.h"
 #include "cpu/skinny_linear.h"
+
+#ifdef GEAR_WITH_CUDA
+#include "cuda/codebook_quantize.h"
+#endif
 
 namespace {
 
@@ -34,8 +41,12 @@ PYBIND11_MODULE(_C, m) {
 
   op(m, "codebook_quantize_cpu", &gear::cpu::codebook_quantize);
   op(m, "decode_attention_cpu", &gear::cpu::decode_attention);
+  op(m, "group_norm_silu_cpu", &gear::cpu::group_norm_silu);
+  op(m, "residual_moments_cpu", &gear::cpu::residual_moments);
+  op(m, "decode_step_cpu", &gear::cpu::decode_step);
   op(m, "skinny_linear_cpu", &gear::cpu::skinny_linear);
 
 #ifdef GEAR_WITH_CUDA
+  op(m, "codebook_quantize_cuda", &gear::cuda::codebook_quantize);
 #endif
 }

@@ -1,0 +1,122 @@
+"""group_norm_silu against its reference and against torch's own GroupNorm and SiLU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gear_engine.ops import native
+from gear_engine.ops.group_norm_silu import group_norm_silu
+from gear_engine.ops.residual_moments import residual_moments
+from tests.golden_weights import relative_error
+
+needs_native = pytest.mark.skipif(native.unavailable("group_norm_silu_cpu") is not None, reason="not compiled")
+BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]
+SHAPES = [(1, 2, 32, 32), (3, 5, 48, 3), (2, 67, 112, 7), (4, 65, 128, 32)]
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> str:
+    module = native.module()
+    level: str = request.param
+    try:
+        module.set_cpu_isa(level)
+    except ValueError as error:
+        pytest.skip(str(error))
+    request.addfinalizer(lambda: module.set_cpu_isa(module.best_cpu_isa()))
+    return level
+
+
+def _moments(x: torch.Tensor, groups: int) -> torch.Tensor:
+    moments = torch.empty(x.shape[0], groups, 2, dtype=torch.float64)
+    residual_moments(x, None, moments, backend="reference")
+    return moments
+
+
+def _torch(
+    x: torch.Tensor, groups: int, weight: torch.Tensor | None, bias: torch.Tensor | None, silu: bool
+) -> torch.Tensor:
+    y = F.group_norm(x.double().permute(2, 0, 1)[None], groups, eps=1e-6)[0].permute(1, 2, 0)
+    y = y if weight is None or bias is None else y * weight + bias
+    return F.silu(y) if silu else y
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(("height", "width", "channels", "groups"), SHAPES)
+def test_equals_torch(
+    backend: str, silu: bool, affine: bool, height: int, width: int, channels: int, groups: int
+) -> None:
+    x = torch.randn(height, width, channels) * 3 + 10
+    weight, bias = (torch.randn(channels), torch.randn(channels)) if affine else (None, None)
+    out = torch.empty_like(x)
+    group_norm_silu(x, _moments(x, groups), weight, bias, out, silu=silu, backend=backend)
+    assert relative_error(out, _torch(x, groups, weight, bias, silu)) <= 5e-6
+
+
+@needs_native
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("y_dtype", [torch.float32, torch.bfloat16])
+def test_every_instruction_set_and_dtype(isa: str, x_dtype: torch.dtype, y_dtype: torch.dtype) -> None:
+    x = (torch.randn(3, 21, 96) * 20).to(x_dtype)
+    weight, bias = torch.randn(96), torch.randn(96)
+    moments = _moments(x, 32)
+    out, expected = torch.empty(3, 21, 96, dtype=y_dtype), torch.empty(3, 21, 96)
+    group_norm_silu(x, moments, weight, bias, out, backend="cpu")
+    group_norm_silu(x, moments, weight, bias, expected, backend="reference")
+    if y_dtype == torch.float32:
+        assert relative_error(out, expected) <= 1e-6
+    else:
+        # Rounded from values that may differ in the last bit of fp32: at most one bf16 step apart, and rarely.
+        torch.testing.assert_close(out.float(), expected.bfloat16().float(), rtol=2**-7, atol=1e-6)
+        assert (out == expected.bfloat16()).float().mean() > 0.99
+
+
+@needs_native
+def test_extremes_stay_finite_and_nan_stays_nan(isa: str) -> None:
+    x = torch.tensor([-300.0, -88.0, -1e-30, 0.0, 1e-30, 20.0, 88.0, 3e38] * 4).view(1, 1, 32)
+    moments = torch.zeros(1, 1, 2, dtype=torch.float64)
+    moments[..., 1] = 32.0  # mean 0, variance 1: the norm is the identity
+    out = torch.empty_like(x)
+    group_norm_silu(x, moments, None, None, out, eps=1e-12, backend="cpu")
+    torch.testing.assert_close(out, F.silu(x), rtol=1e-5, atol=1e-30)
+    half = torch.empty(1, 1, 32, dtype=torch.bfloat16)
+    x[0, 0, 5] = float("nan")
+    group_norm_silu(x, moments, None, None, half, eps=1e-12, silu=False, backend="cpu")
+    assert half.isnan().flatten().tolist() == [i == 5 for i in range(32)]
+
+
+@needs_native
+def test_strips_in_place_and_threads_keep_the_bits() -> None:
+    x = torch.randn(9, 13, 64)
+    moments = _moments(x, 32)
+    whole = torch.empty_like(x)
+    group_norm_silu(x, moments, None, None, whole, backend="cpu")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(5)
+        strips = x.clone()
+        group_norm_silu(strips[:4], moments, None, None, strips[:4], backend="cpu")
+        group_norm_silu(strips[4:], moments, None, None, strips[4:], backend="cpu")
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(strips, whole)
+
+
+def test_bad_operands_are_refused() -> None:
+    x = torch.zeros(2, 4, 32)
+    moments = torch.zeros(2, 8, 2, dtype=torch.float64)
+    weight = torch.zeros(32)
+    for arguments in (
+        (x[0], moments, None, None, x[0]),
+        (x, moments.float(), None, None, x),
+        (x, moments[:, :5], None, None, x),
+        (x, moments, weight[:8], None, x),
+        (x, moments, weight.double(), None, x),
+        (x, moments, None, None, x[:1]),
+        (x, moments, None, None, x.half()),
+    ):
+        with pytest.raises(ValueError, match=r"\w"):
+            group_norm_silu(*arguments)
