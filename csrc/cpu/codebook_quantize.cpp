@@ -1,8 +1,8 @@
 // codebook_quantize for one block of rows, compiled once per instruction set. See codebook_quantize.h for the contract.
 //
-// First pass: a tile of kRows rows times a panel of kWidth codes lives in registers, so each code element is loaded once
-// per kRows products; the transposed panel makes lanes independent codes and no lane is ever summed across. The bias
-// starts the accumulators, so an approximate l2 score costs d multiply-adds and one maximum. Second pass: exact.
+// First pass: a tile of kRows rows times a panel of kWidth codes lives in registers, so each code element is loaded
+// once per kRows products; the transposed panel makes lanes independent codes and no lane is ever summed across. The
+// bias starts the accumulators, so an approximate l2 score costs d multiply-adds and one maximum. Second pass: exact.
 #include <cmath>
 #include <cstring>
 
@@ -198,8 +198,8 @@ int64_t codebook_scratch_floats(const QuantizeProblem& problem, int64_t padded_k
 void codebook_quantize_rows(const QuantizeProblem& problem, const PackedCodebook& packed, int64_t first, int64_t last,
                             float* scratch) {
   const int64_t d = problem.d, groups = packed.padded_k / kGroup, stride = groups * kLanes;
-  float* tiles = scratch;                           // [tiles][d][kRows]
-  float* maxima = scratch + kBlockRows * d;         // [kBlockRows][groups][kLanes]
+  float* tiles = scratch;                    // [tiles][d][kRows]
+  float* maxima = scratch + kBlockRows * d;  // [kBlockRows][groups][kLanes]
   for (int64_t row = first; row < first + kBlockRows; ++row) {
     const int64_t local = row - first;
     float* tile = tiles + local / kRows * kRows * d + local % kRows;

@@ -9,9 +9,9 @@
 // |z|^2 and |e|^2 are given. The dot product's order is that of the BLAS below the official implementation.
 //
 // Two passes per block of rows. The first computes an approximate score for all codes in registers and keeps, per row,
-// the maximum of each (group of kGroup codes, lane): K / lanes numbers of thread-local scratch. The second evaluates the
-// formula above for the codes of every (group, lane) whose maximum lies within the two computations' joint error bound
-// of the row's best; usually that is one. Rows for which there is no finite bound are evaluated in full.
+// the maximum of each (group of kGroup codes, lane): K / lanes numbers of thread-local scratch. The second evaluates
+// the formula above for the codes of every (group, lane) whose maximum lies within the two computations' joint error
+// bound of the row's best; usually that is one. Rows for which there is no finite bound are evaluated in full.
 #pragma once
 
 #include <cstdint>

@@ -43,10 +43,9 @@ void codebook_quantize(const float* z, const float* z2, const float* codebook, c
   std::vector<float> scratch(static_cast<size_t>(workers * scratch_floats));
   std::atomic<int64_t> next{0};
   parallel_for(workers, [&](int64_t worker) noexcept {
-    for (int64_t block = next++; block < blocks; block = next++)
-      GEAR_DISPATCH(codebook_quantize_rows)
-      (problem, packed, block * kBlockRows, std::min(n, (block + 1) * kBlockRows),
-       scratch.data() + worker * scratch_floats);
+    for (int64_t block = next++; block < blocks; block = next++) GEAR_DISPATCH(codebook_quantize_rows)
+    (problem, packed, block * kBlockRows, std::min(n, (block + 1) * kBlockRows),
+     scratch.data() + worker * scratch_floats);
   });
 }
 

@@ -4,14 +4,14 @@
 //
 //     namespace gear::GEAR_ISA { void my_op(...) { ... } }
 //
-// and uses intrinsics under `#if GEAR_ISA_avx512` / `#elif GEAR_ISA_avx2` (or plain loops, which the compiler vectorises
-// for each). A file compiled once holds the entry point, which picks the variant:
+// and uses intrinsics under `#if GEAR_ISA_avx512` / `#elif GEAR_ISA_avx2` (or plain loops, which the compiler
+// vectorises for each). A file compiled once holds the entry point, which picks the variant:
 //
 //     GEAR_DECLARE_ISA(void, my_op, (const float* x, int64_t n))
 //     namespace gear::cpu { void my_op(const float* x, int64_t n) { GEAR_DISPATCH(my_op)(x, n); } }
 //
-// Extensions beyond a level's baseline (VNNI, bf16 dot products, AMX) are asked for by has_*(), which answer false below
-// the avx512 level, and used in functions marked __attribute__((target(...))).
+// Extensions beyond a level's baseline (VNNI, bf16 dot products, AMX) are asked for by has_*(), which answer false
+// below the avx512 level, and used in functions marked __attribute__((target(...))).
 #pragma once
 
 #include <cstdint>
@@ -46,9 +46,9 @@ bool has_amx_int8();
   namespace gear::avx512 {                         \
   result name parameters;                          \
   }
-#define GEAR_DISPATCH(name)                                     \
-  (::gear::isa() == ::gear::Isa::avx512 ? ::gear::avx512::name  \
-   : ::gear::isa() == ::gear::Isa::avx2 ? ::gear::avx2::name    \
+#define GEAR_DISPATCH(name)                                    \
+  (::gear::isa() == ::gear::Isa::avx512 ? ::gear::avx512::name \
+   : ::gear::isa() == ::gear::Isa::avx2 ? ::gear::avx2::name   \
                                         : ::gear::portable::name)
 #else
 #define GEAR_DECLARE_ISA(result, name, parameters) \

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from gear_engine.ops import backends, decode_attention, philox, sample_tokens, skinny_linear
+from gear_engine.ops import backends, codebook_quantize, decode_attention, philox, sample_tokens, skinny_linear
 
-__all__ = ["GeneratorOps", "backends", "decode_attention", "philox", "sample_tokens", "skinny_linear"]
+__all__ = ["GeneratorOps", "backends", "codebook_quantize", "decode_attention", "philox", "sample_tokens", "skinny_linear"]
 
 
 @dataclass(frozen=True)
