@@ -1,7 +1,7 @@
 // The packed form of a linear layer's weight (out_features, in_features), shared by packing code and kernels.
 //
-// Output features are cut into panels of 16 columns, padded with zeros at the end; the padded reduction dimension K runs
-// down a panel in lines of 64 bytes:
+// Output features are cut into panels of 16 columns, padded with zeros at the end; the padded reduction dimension K
+// runs down a panel in lines of 64 bytes:
 //
 //   kind   element      per line                    K is padded to a multiple of   bytes of a panel
 //   bf16   2 bytes      2 values of k, 16 columns   32                             32 K
@@ -9,8 +9,8 @@
 //
 //   data[panel][k / per_line][column][k % per_line]
 //
-// Sixteen lines are one 1 KB tile of the AMX instructions; a line is one operand of the AVX-512 dot products; a panel is
-// read front to back. int8 weights stand for data * scale[out_feature].
+// Sixteen lines are one 1 KB tile of the AMX instructions; a line is one operand of the AVX-512 dot products; a panel
+// is read front to back. int8 weights stand for data * scale[out_feature].
 #pragma once
 
 #include <cstdint>

@@ -108,14 +108,26 @@ void gate_row(float* values, const float* gate, int n) {
 }
 
 template <class T>
-void store_row(const Linear& call, std::int64_t row, std::int64_t first, int n, const float* values) {
+void add_residual(const Linear& call, std::int64_t offset, int n, float* values) {
+  const T* residual = static_cast<const T*>(call.residual) + offset;
+  for (int i = 0; i < n; ++i) values[i] = to_float(residual[i]) + values[i];
+}
+
+void store_row(const Linear& call, std::int64_t row, std::int64_t first, int n, float* values) {
   const std::int64_t offset = row * call.out_features + first;
-  T* y = static_cast<T*>(call.y) + offset;
-  if (call.residual == nullptr) {
-    for (int i = 0; i < n; ++i) y[i] = from_float<T>(values[i]);
+  if (call.residual != nullptr) {
+    if (call.activation == Dtype::f32) {
+      add_residual<float>(call, offset, n, values);
+    } else {
+      add_residual<bf16>(call, offset, n, values);
+    }
+  }
+  if (call.output == Dtype::f32) {
+    float* y = static_cast<float*>(call.y) + offset;
+    for (int i = 0; i < n; ++i) y[i] = values[i];
   } else {
-    const T* residual = static_cast<const T*>(call.residual) + offset;
-    for (int i = 0; i < n; ++i) y[i] = from_float<T>(to_float(residual[i]) + values[i]);
+    bf16* y = static_cast<bf16*>(call.y) + offset;
+    for (int i = 0; i < n; ++i) y[i] = from_float<bf16>(values[i]);
   }
 }
 
@@ -128,13 +140,7 @@ void compute_block(const Linear& call, const Operand& operand, TileKernel kernel
       kernel(TileTask{&call, &operand, call.gate, call.gate_scales, row, n_rows, first, n}, gate);
       for (int r = 0; r < n_rows; ++r) gate_row(tile.values[r], gate.values[r], n);
     }
-    for (int r = 0; r < n_rows; ++r) {
-      if (call.activation == Dtype::f32) {
-        store_row<float>(call, row + r, first, n, tile.values[r]);
-      } else {
-        store_row<bf16>(call, row + r, first, n, tile.values[r]);
-      }
-    }
+    for (int r = 0; r < n_rows; ++r) store_row(call, row + r, first, n, tile.values[r]);
   }
 }
 

@@ -14,10 +14,11 @@ namespace gear {
 enum class Dtype : int { f32 = 0, bf16 = 1 };
 enum class WeightKind : int { f32_rows = 0, bf16_rows = 1, bf16_panels = 2, int8_panels = 3 };
 
-// One call. Rows of x, residual and y are contiguous; `activation` is their dtype and that of norm_weight.
+// One call. Rows of x, residual and y are contiguous; `activation` is the dtype of x, norm_weight and residual.
 struct Linear {
   std::int64_t rows, in_features, out_features;
   Dtype activation;
+  Dtype output;  // of y
   WeightKind kind;
   const void* x;
   const void* norm_weight;  // or null

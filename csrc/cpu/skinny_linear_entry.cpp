@@ -35,8 +35,9 @@ void linear(const Linear& call) {
 void skinny_linear(const void* x, int activation, std::int64_t rows, std::int64_t in_features,
                    std::int64_t out_features, const void* norm_weight, float norm_eps, int kind, const void* weight,
                    const float* scales, const void* gate, const float* gate_scales, const void* residual, void* y) {
-  linear(Linear{rows, in_features, out_features, static_cast<Dtype>(activation), static_cast<WeightKind>(kind), x,
-                norm_weight, norm_eps, weight, scales, gate, gate_scales, residual, y});
+  const Dtype dtype = static_cast<Dtype>(activation);
+  linear(Linear{rows, in_features, out_features, dtype, dtype, static_cast<WeightKind>(kind), x, norm_weight, norm_eps,
+                weight, scales, gate, gate_scales, residual, y});
 }
 
 }  // namespace cpu

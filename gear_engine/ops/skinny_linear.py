@@ -24,7 +24,17 @@ import torch.nn.functional as F
 
 from gear_engine.ops import backends, native, triton_backend
 
-__all__ = ["PackKind", "PackedWeight", "Weight", "pack", "reference", "rms_norm", "skinny_linear", "unpack"]
+__all__ = [
+    "PackKind",
+    "PackedWeight",
+    "Weight",
+    "pack",
+    "reference",
+    "rms_norm",
+    "skinny_linear",
+    "unpack",
+    "weight_operands",
+]
 
 PackKind = Literal["bf16", "int8"]
 
@@ -173,12 +183,18 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _PACKED_KINDS = {"bf16": 2, "int8": 3}
 
 
-def _operands(weight: Weight) -> tuple[int, int, int]:
-    """(kind, address, address of the scales) of a weight, as ``csrc/cpu/skinny_linear.h`` counts the kinds."""
+def weight_operands(weight: Weight, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(kind, address, address of the scales) of a weight, as ``csrc/cpu/skinny_linear.h`` counts the kinds.
+
+    Raises:
+        ValueError: an unpacked weight is not contiguous or not of ``dtype``.
+    """
     if isinstance(weight, PackedWeight):
         scales = 0 if weight.scales is None else weight.scales.data_ptr()
         return _PACKED_KINDS[weight.kind], weight.data.data_ptr(), scales
-    return _DTYPES[weight.dtype], weight.data_ptr(), 0
+    if weight.dtype != dtype or not weight.is_contiguous():
+        raise ValueError(f"an unpacked weight must be contiguous {dtype}; convert it once, outside the loop")
+    return _DTYPES[dtype], weight.data_ptr(), 0
 
 
 def _cpu(
@@ -197,12 +213,10 @@ def _cpu(
     """
     x = x.contiguous()
     out_features, in_features = _shape(weight)
-    kind, data, scales = _operands(weight)
-    gate_kind, gate_data, gate_scales = (kind, 0, 0) if gate is None else _operands(gate)
+    kind, data, scales = weight_operands(weight, x.dtype)
+    gate_kind, gate_data, gate_scales = (kind, 0, 0) if gate is None else weight_operands(gate, x.dtype)
     if gate_kind != kind:
         raise ValueError("weight and gate must be packed alike")
-    if not all(isinstance(w, PackedWeight) or w is None or w.is_contiguous() for w in (weight, gate)):
-        raise ValueError("weights must be contiguous; call .contiguous() once, outside the loop")
     out = x.new_empty(x.shape[0], out_features)
     norm_weight = None if norm_weight is None else norm_weight.contiguous()
     residual = None if residual is None else residual.contiguous()

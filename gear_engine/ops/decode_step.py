@@ -1,0 +1,156 @@
+"""One image token per row through the whole model, in one call.
+
+The composition of :mod:`gear_engine.ops.skinny_linear` and :mod:`gear_engine.ops.decode_attention` that
+``gear_engine.runner`` spells out::
+
+    h = tok_embeddings[tokens]
+    per block:  qkv = norm-linear(h, wqkv);  a = decode_attention(qkv, cache);  h = h + a @ wo^T
+                h = h + swiglu(rmsnorm(h), w1, w3) @ w2^T
+    logits = norm-linear(h, output)                                                     fp32, never rounded to h's dtype
+
+made by the same kernels in the same order, so that the bits are equal; what it saves is Python between 62 short calls.
+Only compiled backends have it: without one, the runner makes the calls.
+
+Source: GEAR ``models/llamagen.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from gear_engine.ops import native
+from gear_engine.ops.skinny_linear import Weight, weight_operands
+
+__all__ = ["Block", "Cache", "Model", "decode_step", "unavailable"]
+
+
+class Block(Protocol):
+    """A decoder block's weights; see ``gear_engine.models.weights``."""
+
+    @property
+    def attention_norm(self) -> torch.Tensor: ...
+    @property
+    def wqkv(self) -> Weight: ...
+    @property
+    def wo(self) -> Weight: ...
+    @property
+    def ffn_norm(self) -> torch.Tensor: ...
+    @property
+    def w1(self) -> Weight: ...
+    @property
+    def w3(self) -> Weight: ...
+    @property
+    def w2(self) -> Weight: ...
+
+
+class Model(Protocol):
+    """A generator's weights; see ``gear_engine.models.weights``."""
+
+    @property
+    def tok_embeddings(self) -> torch.Tensor: ...
+    @property
+    def norm(self) -> torch.Tensor: ...
+    @property
+    def output(self) -> Weight: ...
+    @property
+    def blocks(self) -> Sequence[Block]: ...
+
+
+class Cache(Protocol):
+    """A static cache; see ``gear_engine.kv_cache``."""
+
+    @property
+    def kv(self) -> torch.Tensor: ...
+    @property
+    def prefix_bias(self) -> torch.Tensor: ...
+    @property
+    def rope(self) -> torch.Tensor: ...
+
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why :func:`decode_step` cannot run for activations of ``dtype`` on ``device``, or None if it can."""
+    if device.type != "cpu":
+        return f"it runs on cpu, not on {device.type}"
+    if dtype not in _DTYPES:
+        return f"it takes float32 and bfloat16, not {dtype}"
+    return native.unavailable("decode_step_cpu")
+
+
+def decode_step(
+    weights: Model,
+    cache: Cache,
+    n_head: int,
+    norm_eps: float,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    tokens: torch.Tensor,
+) -> torch.Tensor:
+    """The module's formula.
+
+    Args:
+        weights: contiguous tensors, or packed linear weights, of the cache's dtype and device.
+        cache: keys and values are written at entry 1 + t of each row's slot.
+        n_head: number of query heads.
+        norm_eps: epsilon of every RMSNorm.
+        slots: int64 (R,), distinct.
+        positions: int64 (R,): image-token index t of the tokens given.
+        tokens: int64 (R,), in [0, vocab_size).
+
+    Returns:
+        fp32 (R, vocab_size): logits of image token t + 1.
+
+    Raises:
+        ValueError: a tensor's dtype, shape or layout does not fit.
+    """
+    words = _describe(weights, cache, n_head)
+    rows, vocab_size = tokens.shape[0], weights.tok_embeddings.shape[0]
+    for name, index in (("slots", slots), ("positions", positions), ("tokens", tokens)):
+        if index.shape != (rows,) or index.dtype != torch.int64 or not index.is_contiguous():
+            raise ValueError(f"{name} must be contiguous int64 ({rows},)")
+    logits = torch.empty(rows, vocab_size)
+    table = torch.tensor(words, dtype=torch.int64)
+    native.cpu_kernels().decode_step_cpu(
+        table.data_ptr(), norm_eps, rows, tokens.data_ptr(), slots.data_ptr(), positions.data_ptr(), logits.data_ptr()
+    )
+    return logits
+
+
+def _describe(weights: Model, cache: Cache, n_head: int) -> list[int]:
+    """The words of ``StepModel`` and ``StepLayer`` in ``csrc/cpu/decode_step.h``.
+
+    Read anew at every step (a few dozen microseconds): parameters may have been moved in between.
+    """
+    kv, dtype = cache.kv, cache.kv.dtype
+    vocab_size, dim = weights.tok_embeddings.shape
+    strides = kv.stride()
+    if strides[-1] != 1 or not cache.rope.is_contiguous():
+        raise ValueError("the cache's last dimension and its RoPE table must be contiguous")
+
+    def vector(tensor: torch.Tensor) -> int:
+        if tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(f"weights must be contiguous {dtype}, the cache's dtype")
+        return tensor.data_ptr()
+
+    first = weights.blocks[0]
+    ffn_dim = first.w1.shape[0] if isinstance(first.w1, torch.Tensor) else first.w1.out_features
+    words = [
+        *(len(weights.blocks), dim, ffn_dim, vocab_size, n_head, kv.shape[3], _DTYPES[dtype]),
+        *(vector(weights.tok_embeddings), vector(weights.norm), *weight_operands(weights.output, dtype)),
+        *(kv.data_ptr(), strides[0], strides[1], strides[2], strides[3], strides[4]),
+        *(cache.prefix_bias.data_ptr(), cache.rope.data_ptr()),
+    ]
+    for block in weights.blocks:
+        words += (
+            *(vector(block.attention_norm), *weight_operands(block.wqkv, dtype), *weight_operands(block.wo, dtype)),
+            *(vector(block.ffn_norm), *weight_operands(block.w1, dtype), *weight_operands(block.w3, dtype)),
+            *weight_operands(block.w2, dtype),
+        )
+        if words[-6] != words[-9]:
+            raise ValueError("w1 and w3 must be packed alike")
+    return words
