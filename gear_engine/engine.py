@@ -15,6 +15,7 @@ from gear_engine.models.condition import Condition
 from gear_engine.models.transformer import Transformer
 from gear_engine.models.weights import GeneratorWeights
 from gear_engine.ops import GeneratorOps
+from gear_engine.ops.skinny_linear import PackKind
 from gear_engine.prefixes import PrefixEncoder, caption_condition, check_conditions
 from gear_engine.request import ImageRequest, RngMode, SamplingParams, check_length, check_source
 from gear_engine.rows import RowTensors
@@ -53,6 +54,8 @@ class Engine:
         dtype: compute and cache dtype; None means the weights'. Another dtype copies the weights.
         backend: one backend name for all ops, or a name per op; see :mod:`gear_engine.ops.backends`.
         max_new_tokens: the longest request; None means the model's ``block_size``.
+        weight_format: pack the linear weights (a copy): ``"bf16"``, or ``"int8"`` with one scale per output row. None
+            packs only where that changes no number: bfloat16 on the compiled CPU kernels.
         memory_budget: bytes that the engine may allocate; None means what the device has available.
 
     Raises:
@@ -69,6 +72,7 @@ class Engine:
         dtype: torch.dtype | None = None,
         backend: str | Mapping[str, str] = "auto",
         max_new_tokens: int | None = None,
+        weight_format: PackKind | None = None,
         memory_budget: int | None = None,
     ) -> None:
         weights = _weights_of(generator)
@@ -83,12 +87,16 @@ class Engine:
         if not 1 <= self.max_new_tokens <= config.block_size:
             raise ConfigError(f"max_new_tokens {max_new_tokens} must lie in [1, block_size = {config.block_size}]")
         self.ops = GeneratorOps.resolve(self.device, self.dtype, backend)
+        compiled = self.ops.backends["skinny_linear"] == "cpu"
+        self.weight_format = (
+            "bf16" if weight_format is None and compiled and self.dtype == torch.bfloat16 else weight_format
+        )
         plan = engine_plan(
             config,
             num_slots=2 * max_images,
             max_tokens=self.max_new_tokens,
             dtype=self.dtype,
-            weight_bytes=weights.nbytes_as(self.dtype),
+            weight_bytes=weights.nbytes_as(self.dtype, self.weight_format),
         )
         available = available_bytes(self.device) if memory_budget is None else memory_budget
         check_fits(plan, available, f"lower max_images (now {max_images}) or choose a smaller dtype")
@@ -113,10 +121,13 @@ class Engine:
             weights = _weights_of(generator)
             if weights.config != self.config:
                 raise ConfigError(f"the engine was built for {self.config}, not for {weights.config}")
-            self._weights = weights.to(self.device, self.dtype)
+            self._weights = weights.to(self.device, self.dtype, self.weight_format)
 
     def invalidate(self) -> None:
-        """Forgets what was computed from the weights: to be called when they have changed in place."""
+        """Forgets what was computed from the weights: to be called when they have changed in place.
+
+        Weights that were copied (another dtype, or packed) are read again by :meth:`bind` only.
+        """
         self._prefixes.forget()
 
     def reset(self) -> None:

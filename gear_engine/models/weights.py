@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 
 from gear_engine.config import GeneratorConfig
 from gear_engine.errors import CheckpointError
-from gear_engine.ops.skinny_linear import PackedWeight, Weight
+from gear_engine.ops.skinny_linear import PackedWeight, PackKind, Weight, pack
 
 __all__ = ["BlockWeights", "GeneratorWeights", "expected_shapes"]
+
+#: Fields that hold linear layers' weights: those that can be packed.
+LINEAR: Final = frozenset({"wqkv", "wo", "w1", "w3", "w2", "wqkv_text", "wo_text", "output"})
 
 #: Buffers that an official module holds after sampling: not weights.
 _CACHE_KEY = re.compile(r"layers\.\d+\.attention\.kv_cache\..*")
@@ -157,38 +161,57 @@ class GeneratorWeights:
     def device(self) -> torch.device:
         return self.tok_embeddings.device
 
-    def weights(self) -> list[Weight]:
-        """Every weight, in a fixed order."""
-        own = [
-            getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in ("config", "blocks")
-        ]
-        blocks = [getattr(block, field.name) for block in self.blocks for field in dataclasses.fields(block)]
-        return [weight for weight in (*own, *blocks) if weight is not None]
+    def _named(self) -> Iterator[tuple[str, Weight]]:
+        """Every weight under its field's name."""
+        for part in (self, *self.blocks):
+            for name in _weight_fields(part):
+                if getattr(part, name) is not None:
+                    yield name, getattr(part, name)
 
     @property
     def nbytes(self) -> int:
-        return sum(weight.nbytes for weight in self.weights())
+        """Bytes of all weights."""
+        return sum(weight.nbytes for _, weight in self._named())
 
-    def nbytes_as(self, dtype: torch.dtype) -> int:
-        """Bytes that :meth:`to` allocates for ``dtype`` on the same device; 0 if the weights are shared."""
-        if dtype == self.dtype:
-            return 0
-        return sum(w.numel() * dtype.itemsize for w in self.weights() if isinstance(w, torch.Tensor))
+    def nbytes_as(self, dtype: torch.dtype, pack_kind: PackKind | None = None) -> int:
+        """Bytes that :meth:`to` allocates on the same device; 0 if every weight is shared."""
+        total = 0
+        for name, weight in self._named():
+            if not isinstance(weight, torch.Tensor):
+                continue
+            if pack_kind is not None and name in LINEAR:
+                total += weight.numel() * (1 if pack_kind == "int8" else 2) + 4 * weight.shape[0]
+            elif weight.dtype != dtype:
+                total += weight.numel() * dtype.itemsize
+        return total
 
-    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> GeneratorWeights:
-        """The same weights on ``device`` in ``dtype``; those that are so already are shared, not copied."""
+    def to(
+        self,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        pack_kind: PackKind | None = None,
+    ) -> GeneratorWeights:
+        """The same weights on ``device`` in ``dtype``; those that are so already are shared, not copied.
 
-        def move(weight: Weight | None) -> Weight | None:
+        ``pack_kind`` packs the linear ones (not the embedding tables and norms) into the layout of the compiled kernels.
+        """
+
+        def move(name: str, weight: Weight | None) -> Weight | None:
             if weight is None:
                 return None
             if isinstance(weight, PackedWeight):
                 scales = None if weight.scales is None else weight.scales.to(device)
                 return dataclasses.replace(weight, data=weight.data.to(device), scales=scales)
+            if pack_kind is not None and name in LINEAR:
+                return pack(weight.to(device), pack_kind)
             return weight.to(device=device, dtype=dtype)
 
-        def moved(part: GeneratorWeights | BlockWeights) -> dict[str, Weight | None]:
-            names = [field.name for field in dataclasses.fields(part) if field.name not in ("config", "blocks")]
-            return {name: move(getattr(part, name)) for name in names}
+        def moved(part: GeneratorWeights | BlockWeights) -> dict[str, Any]:
+            return {name: move(name, getattr(part, name)) for name in _weight_fields(part)}
 
-        blocks = tuple(dataclasses.replace(block, **moved(block)) for block in self.blocks)  # type: ignore[arg-type]
-        return dataclasses.replace(self, blocks=blocks, **moved(self))  # type: ignore[arg-type]
+        blocks = tuple(dataclasses.replace(block, **moved(block)) for block in self.blocks)
+        return dataclasses.replace(self, blocks=blocks, **moved(self))
+
+
+def _weight_fields(part: GeneratorWeights | BlockWeights) -> list[str]:
+    return [field.name for field in dataclasses.fields(part) if field.name not in ("config", "blocks")]
