@@ -1,0 +1,321 @@
+"""Labels or captions in, images out: a generator, a tokenizer and, for prompts, a text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from gear_engine.engine import Engine
+from gear_engine.errors import ConfigError, InvalidRequestError
+from gear_engine.memory import available_bytes, check_fits
+from gear_engine.models.condition import TextCondition
+from gear_engine.models.transformer import Transformer
+from gear_engine.request import SamplingParams
+from gear_engine.text_encoders import CaptionFeatures, TextEncoder
+from gear_engine.tokenizers import Tokenizer, to_uint8
+
+__all__ = ["OutputType", "Pipeline", "PipelineOutput"]
+
+#: ``"pil"``: a list of PIL images, the official pixels. ``"np"``: float32 (B, H, W, 3) in [0, 1]. ``"pt"``: floats
+#: (B, 3, H, W) in [0, 1]. ``"latent"``: no decoding, the images are the tokens.
+OutputType = Literal["pil", "np", "pt", "latent"]
+#: ``callback(pipe, step, position, {"tokens": ...})`` after every step; its answer is ignored.
+StepCallback = Callable[["Pipeline", int, int, dict[str, torch.Tensor]], Any]
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """What a :class:`Pipeline` call returns.
+
+    Attributes:
+        images: see :data:`OutputType`.
+        tokens: int32 (B, block_size), the image tokens on the generator's device.
+    """
+
+    images: list[Image.Image] | np.ndarray[Any, Any] | torch.Tensor
+    tokens: torch.Tensor
+
+
+class Pipeline:
+    """A model ready to draw images.
+
+    Args:
+        generator: the autoregressive model.
+        tokenizer: decodes its tokens; its codebook must be the generator's vocabulary.
+        text_encoder: turns prompts into states (text models); not needed for labels or precomputed states.
+        dtype: the generator's compute dtype; None: its weights' own.
+        backend: kernels to use, see ``gear-engine info``.
+        max_images: images sampled at a time; a larger call is split or queued.
+        decode_batch: images decoded at a time.
+        memory_budget: bytes that sampling may take; None: what the device has left.
+
+    Raises:
+        ConfigError: the models do not fit each other.
+    """
+
+    def __init__(
+        self,
+        generator: Transformer,
+        tokenizer: Tokenizer,
+        text_encoder: TextEncoder | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        max_images: int = 8,
+        decode_batch: int = 8,
+        memory_budget: int | None = None,
+    ) -> None:
+        _check_fit(generator, tokenizer, text_encoder)
+        if max_images < 1 or decode_batch < 1:
+            raise ConfigError(f"max_images {max_images} and decode_batch {decode_batch} must be at least 1")
+        self.generator = generator.eval()
+        self.tokenizer = tokenizer.eval()
+        self.text_encoder = text_encoder
+        self.dtype = dtype
+        self.backend = backend
+        self.max_images = max_images
+        self.decode_batch = decode_batch
+        self.memory_budget = memory_budget
+        self._engine: Engine | None = None
+        self._empty_caption: CaptionFeatures | None = None
+        self._progress_bar_config: dict[str, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.generator.parameters()).device
+
+    @property
+    def image_size(self) -> int:
+        """Edge of the images in pixels."""
+        return self.generator.config.grid_size * self.tokenizer.config.downsample
+
+    def to(self, device: torch.device | str) -> Pipeline:
+        """Moves the models; the caches are built anew at the next call."""
+        self.generator.to(device)
+        self.tokenizer.to(device)
+        if self.text_encoder is not None:
+            self.text_encoder.model.to(device)
+        self._engine = self._empty_caption = None
+        return self
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options of the tqdm progress bar, for example ``disable=True``."""
+        self._progress_bar_config = options
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        captions: TextCondition | None = None,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        seeds: int | Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        cfg_interval: float = -1,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        sample_logits: bool = True,
+        output_type: OutputType = "pil",
+        callback_on_step_end: StepCallback | None = None,
+    ) -> PipelineOutput:
+        """Draws one image per label or prompt (times ``num_images_per_prompt``, neighbours in the output).
+
+        Exactly one of ``class_labels``, ``prompt`` and ``captions`` is given.
+
+        Args:
+            class_labels: ints in [0, num_classes).
+            prompt: text, needs the text encoder.
+            captions: precomputed encoder states, as a :class:`TextCondition`.
+            guidance_scale: classifier-free guidance; 1 turns it off.
+            seeds: one per image: an image depends on its condition, its seed and the settings, on nothing else.
+            generator: draw in the official order from this torch generator instead; images then depend on their batch.
+                With neither, seeds are drawn from torch's global generator.
+            cfg_interval, temperature, top_k, top_p, sample_logits: see :class:`SamplingParams`.
+            output_type: see :data:`OutputType`.
+            callback_on_step_end: called after every step; an exception ends the call and leaves the pipeline usable.
+
+        Raises:
+            InvalidRequestError: an argument out of range.
+            OutOfMemoryError: ``max_images`` does not fit; nothing was allocated.
+        """
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise InvalidRequestError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
+        if num_images_per_prompt < 1:
+            raise InvalidRequestError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
+        if sum(given is not None for given in (class_labels, prompt, captions)) != 1:
+            raise InvalidRequestError("give exactly one of class_labels, prompt and captions")
+        params = SamplingParams(
+            cfg_scale=float(guidance_scale),
+            cfg_interval=cfg_interval,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            sample_logits=sample_logits,
+        )
+        if prompt is not None:
+            captions = self._encode(prompt, params.uses_guidance)
+        condition = _repeat(_labels(class_labels) if captions is None else captions, num_images_per_prompt)
+        tokens = self._sample(condition, params, seeds, generator, callback_on_step_end)
+        return PipelineOutput(self._decode(tokens, output_type), tokens)
+
+    def _encode(self, prompt: str | Sequence[str], guided: bool) -> TextCondition:
+        if self.text_encoder is None:
+            raise InvalidRequestError("this pipeline has no text encoder: give one as text_encoder=, or pass captions=")
+        features = self.text_encoder.encode(prompt)
+        device = self.device
+        if self.generator.config.learned_uncond or not guided:
+            return TextCondition(features.states.to(device), features.mask.to(device))
+        if self._empty_caption is None:
+            self._empty_caption = self.text_encoder.encode("")
+        empty = self._empty_caption
+        return TextCondition(
+            features.states.to(device), features.mask.to(device), empty.states[0].to(device), empty.mask[0].to(device)
+        )
+
+    def _sample(
+        self,
+        condition: list[int] | TextCondition,
+        params: SamplingParams,
+        seeds: int | Sequence[int] | None,
+        generator: torch.Generator | None,
+        callback: StepCallback | None,
+    ) -> torch.Tensor:
+        count = len(condition)
+        if seeds is not None and generator is not None:
+            raise InvalidRequestError("give seeds or a generator, not both")
+        keys = None if generator is not None else _seeds(seeds, count)
+        if self._engine is None:
+            self._engine = Engine(
+                self.generator,
+                max_images=self.max_images,
+                dtype=self.dtype,
+                backend=self.backend,
+                memory_budget=self.memory_budget,
+            )
+        engine = self._engine
+        # Streams of their own need no lockstep: the engine queues what does not fit.
+        size = count if keys is not None else self.max_images
+        parts = []
+        with tqdm(**{"unit": "step", "desc": "sampling", **self._progress_bar_config}) as bar:
+            for start in range(0, count, size):
+                first = bar.n
+
+                def on_step(step: int, total: int, tokens: torch.Tensor, first: int = first) -> None:
+                    bar.total = max(bar.total or 0, first + total)
+                    bar.update(first + step + 1 - bar.n)
+                    if callback is not None:
+                        callback(self, first + step, step, {"tokens": tokens})
+
+                parts.append(
+                    engine.generate(
+                        _slice(condition, start, start + size),
+                        params,
+                        rng="torch" if keys is None else "philox",
+                        seeds=keys,
+                        generator=generator,
+                        callback=on_step,
+                    )
+                )
+        return torch.cat(parts)
+
+    def _decode(self, tokens: torch.Tensor, output_type: OutputType) -> Any:
+        if output_type == "latent":
+            return tokens
+        grid, width = self.generator.config.grid_size, self.tokenizer.config.codebook_embed_dim
+        config = self.tokenizer.config
+        # Three maps of the widest level at full size live at once in the decoder's last blocks.
+        plane = config.ch * config.ch_mult[0] * self.image_size**2 * self.tokenizer.dtype.itemsize
+        batch = min(self.decode_batch, len(tokens))
+        budget = available_bytes(self.tokenizer.device)
+        check_fits({"decoder activations": 3 * plane * batch}, budget, "lower decode_batch")
+        parts = []
+        codes = tokens.to(self.tokenizer.device)
+        for start in range(0, len(codes), self.decode_batch):
+            chunk = codes[start : start + self.decode_batch]
+            images = self.tokenizer.decode_code(chunk.long(), (len(chunk), width, grid, grid))
+            parts.append(to_uint8(images).cpu() if output_type == "pil" else (images / 2 + 0.5).clamp(0, 1))
+        joined = torch.cat(parts)
+        if output_type == "pil":
+            return [Image.fromarray(pixels) for pixels in joined.numpy()]
+        return joined if output_type == "pt" else joined.permute(0, 2, 3, 1).float().cpu().numpy()
+
+
+def _check_fit(generator: Transformer, tokenizer: Tokenizer, text_encoder: TextEncoder | None) -> None:
+    config, codes = generator.config, tokenizer.config
+    if codes.num_codebooks != 1 or codes.codebook_size != config.vocab_size:
+        raise ConfigError(
+            f"the generator draws {config.vocab_size} codes, one per position; the tokenizer has "
+            f"{codes.codebook_size} in {codes.num_codebooks} group(s)"
+        )
+    if text_encoder is None:
+        return
+    if config.conditioning != "text":
+        raise ConfigError("a class-conditional generator takes no text encoder")
+    if (text_encoder.max_length, text_encoder.hidden_size) != (config.cls_token_num, config.caption_dim):
+        raise ConfigError(
+            f"the text encoder gives {text_encoder.max_length} x {text_encoder.hidden_size} states per caption, the "
+            f"generator takes {config.cls_token_num} x {config.caption_dim}"
+        )
+    if config.learned_uncond != (text_encoder.kind == "t5"):
+        raise ConfigError("LlamaGen's text models take T5 states, GEAR's a causal language model's")
+
+
+def _labels(labels: int | Sequence[int] | torch.Tensor | None) -> list[int]:
+    if isinstance(labels, torch.Tensor):
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise InvalidRequestError(f"class_labels must be integers, not {labels.dtype}")
+        labels = labels.reshape(-1).tolist()
+    return [labels] if isinstance(labels, int) else list(labels or ())
+
+
+def _repeat(condition: list[int] | TextCondition, times: int) -> list[int] | TextCondition:
+    if times == 1:
+        return condition
+    if isinstance(condition, list):
+        return [label for label in condition for _ in range(times)]
+
+    def repeat(tensor: torch.Tensor | None, batched_dim: int) -> torch.Tensor | None:
+        if tensor is None or tensor.dim() < batched_dim:
+            return tensor
+        return tensor.repeat_interleave(times, dim=0)
+
+    return TextCondition(
+        condition.states.repeat_interleave(times, dim=0),
+        repeat(condition.mask, 2),
+        repeat(condition.uncond_states, 3),
+        repeat(condition.uncond_mask, 2),
+    )
+
+
+def _slice(condition: list[int] | TextCondition, start: int, end: int) -> list[int] | TextCondition:
+    if isinstance(condition, list):
+        return condition[start:end]
+
+    def rows(tensor: torch.Tensor | None, batched_dim: int) -> torch.Tensor | None:
+        return tensor if tensor is None or tensor.dim() < batched_dim else tensor[start:end]
+
+    return TextCondition(
+        condition.states[start:end],
+        rows(condition.mask, 2),
+        rows(condition.uncond_states, 3),
+        rows(condition.uncond_mask, 2),
+    )
+
+
+def _seeds(seeds: int | Sequence[int] | None, count: int) -> list[int]:
+    if seeds is None:
+        drawn: list[int] = torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64).tolist()
+        return drawn
+    given = [seeds] if isinstance(seeds, int) else list(seeds)
+    if len(given) != count:
+        raise InvalidRequestError(f"{count} images need {count} seeds, got {len(given)}")
+    return given
