@@ -136,7 +136,7 @@ def encode_prefix(weights: GeneratorWeights, ops: GeneratorOps, rows: PrefixRows
         h = ops.skinny_linear(attended, text.wo, residual=h)
         h = _feed_forward(ops, h, block, eps)
     logits = ops.skinny_linear(h, weights.output, norm_weight=weights.norm, norm_eps=eps).float()
-    values = torch.stack(means).unflatten(-1, (config.n_kv_head, config.head_dim))  # type: ignore[no-untyped-call]
+    values = torch.stack(means).unflatten(-1, (config.n_kv_head, config.head_dim))
     return PrefixState(values=values, bias=rows.valid.float().log(), logits=logits)
 
 
@@ -181,6 +181,8 @@ def decode_step(
     """
     config = weights.config
     eps = config.norm_eps
+    if ops.decode_step is not None:
+        return ops.decode_step(weights, cache, config.n_head, eps, slots, positions, tokens)
     h = weights.tok_embeddings[tokens]  # [R, dim]
     for block, (keys, values) in zip(weights.blocks, cache.layers, strict=True):
         qkv = ops.skinny_linear(h, block.wqkv, norm_weight=block.attention_norm, norm_eps=eps)

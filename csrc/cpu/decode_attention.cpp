@@ -1,5 +1,6 @@
-// Keys are cut into fixed chunks of 64. A chunk gives (max, sum, accumulator) of its softmax, and chunks merge in order, so
-// that a row's bits depend on its own cache only. One task is one row and one key/value head with its group of queries.
+// Keys are cut into fixed chunks of 64. A chunk gives (max, sum, accumulator) of its softmax, and chunks merge in
+// order, so that a row's bits depend on its own cache only. One task is one row and one key/value head with its group
+// of queries.
 #include "cpu/decode_attention.h"
 
 #include "cpu/parallel.h"
@@ -95,11 +96,9 @@ template <class T>
 void weigh_all_values(const Head& head, const T* values, std::int64_t stride, int n, std::int64_t head_dim,
                       float* part) {
   std::int64_t d = 0;
-  for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes)
-    weigh_values<T, 4>(head.weights, values + d, stride, n, part + d);
+  for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes) weigh_values<T, 4>(head.weights, values + d, stride, n, part + d);
   for (; d + kLanes <= head_dim; d += kLanes) weigh_values<T, 1>(head.weights, values + d, stride, n, part + d);
-  if (d < head_dim)
-    weigh_values_rest(head.weights, values + d, stride, n, static_cast<int>(head_dim - d), part + d);
+  if (d < head_dim) weigh_values_rest(head.weights, values + d, stride, n, static_cast<int>(head_dim - d), part + d);
 }
 
 // weights = exp(weights - max) and the chunk's sum and max; entries behind n become 0.

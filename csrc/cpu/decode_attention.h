@@ -8,7 +8,8 @@
 
 namespace gear {
 
-// One call. `dtype` is that of qkv, both caches and out; strides are in elements, a head's last dimension is contiguous.
+// One call. `dtype` is that of qkv, both caches and out; strides are in elements, a head's last dimension is
+// contiguous.
 struct DecodeAttention {
   std::int64_t rows, n_head, n_kv_head, head_dim;
   Dtype dtype;
@@ -16,6 +17,7 @@ struct DecodeAttention {
   std::int64_t qkv_stride;
   void* k_cache;
   void* v_cache;
+  std::int64_t num_slots, num_entries;  // of the caches
   std::int64_t slot_stride, head_stride, entry_stride;
   const float* prefix_bias;       // (num_slots)
   const std::int64_t* slots;      // (rows)
@@ -26,13 +28,14 @@ struct DecodeAttention {
 
 namespace cpu {
 
+// Throws std::out_of_range, before anything is written, if a slot or a position does not exist.
 void attend(const DecodeAttention& call);
 
 void decode_attention(const void* qkv, int dtype, std::int64_t qkv_stride, std::int64_t rows, std::int64_t n_head,
                       std::int64_t n_kv_head, std::int64_t head_dim, void* k_cache, void* v_cache,
-                      std::int64_t slot_stride, std::int64_t head_stride, std::int64_t entry_stride,
-                      const float* prefix_bias, const std::int64_t* slots, const std::int64_t* positions,
-                      const float* rope, void* out);
+                      std::int64_t num_slots, std::int64_t num_entries, std::int64_t slot_stride,
+                      std::int64_t head_stride, std::int64_t entry_stride, const float* prefix_bias,
+                      const std::int64_t* slots, const std::int64_t* positions, const float* rope, void* out);
 
 }  // namespace cpu
 }  // namespace gear

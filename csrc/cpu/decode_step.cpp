@@ -1,6 +1,7 @@
 #include "cpu/decode_step.h"
 
 #include <cstring>
+#include <stdexcept>
 
 #include "cpu/decode_attention.h"
 
@@ -23,9 +24,11 @@ Hidden allocate(const StepModel& model, std::int64_t rows, std::int64_t qkv_dim,
 Linear layer_call(const StepModel& model, float norm_eps, std::int64_t rows, std::int64_t in_features,
                   std::int64_t out_features, const StepWeight& weight, const void* x, void* y) {
   const Dtype dtype = static_cast<Dtype>(model.dtype);
-  return Linear{rows,     in_features, out_features, dtype,         dtype,   static_cast<WeightKind>(weight.kind),
-                x,        nullptr,     norm_eps,     weight.data,   weight.scales,
-                nullptr,  nullptr,     nullptr,      y};
+  return Linear{rows,        in_features,   out_features,
+                dtype,       dtype,         static_cast<WeightKind>(weight.kind),
+                x,           nullptr,       norm_eps,
+                weight.data, weight.scales, nullptr,
+                nullptr,     nullptr,       y};
 }
 
 }  // namespace
@@ -40,6 +43,7 @@ void decode_step(const std::int64_t* words, float norm_eps, std::int64_t rows, c
   const std::int64_t bytes = static_cast<Dtype>(model.dtype) == Dtype::f32 ? 4 : 2;
   const Hidden at = allocate(model, rows, qkv_dim, bytes);
   for (std::int64_t row = 0; row < rows; ++row) {
+    if (tokens[row] < 0 || tokens[row] >= model.vocab_size) throw std::out_of_range("a token is not in the vocabulary");
     const char* embedding = static_cast<const char*>(model.tok_embeddings) + tokens[row] * model.dim * bytes;
     std::memcpy(at.h + row * model.dim * bytes, embedding, static_cast<std::size_t>(model.dim * bytes));
   }
@@ -53,8 +57,9 @@ void decode_step(const std::int64_t* words, float norm_eps, std::int64_t rows, c
     linear(qkv);
 
     attend(DecodeAttention{rows, model.n_head, model.n_kv_head, head_dim, static_cast<Dtype>(model.dtype), at.qkv,
-                           qkv_dim, keys, keys + model.value_offset * bytes, model.slot_stride, model.head_stride,
-                           model.entry_stride, model.prefix_bias, slots, positions, model.rope, at.attended});
+                           qkv_dim, keys, keys + model.value_offset * bytes, model.num_slots, model.num_entries,
+                           model.slot_stride, model.head_stride, model.entry_stride, model.prefix_bias, slots,
+                           positions, model.rope, at.attended});
 
     Linear wo = layer_call(model, norm_eps, rows, model.dim, model.dim, layer.wo, at.attended, at.h);
     wo.residual = at.h;

@@ -1,6 +1,6 @@
 // One image token per row through the whole model: the layers' calls of skinny_linear and decode_attention, made in one
-// call from Python. At the size of LlamaGen-B a step is 62 such calls of 50 to 200 microseconds: crossing into Python for
-// each would cost as much as the int8 weights do. See ops/decode_step.py.
+// call from Python. At the size of LlamaGen-B a step is 62 such calls of 50 to 200 microseconds: crossing into Python
+// for each would cost as much as the int8 weights do. See ops/decode_step.py.
 #pragma once
 
 #include <cstdint>
@@ -30,15 +30,17 @@ struct StepModel {
   const void* norm;
   StepWeight output;
   void* kv;
+  std::int64_t num_slots, num_entries;
   std::int64_t layer_stride, value_offset, slot_stride, head_stride, entry_stride;  // elements of kv
   const float* prefix_bias;
   const float* rope;
 };
-static_assert(sizeof(StepModel) == 20 * 8 && sizeof(StepLayer) == 17 * 8);
+static_assert(sizeof(StepModel) == 22 * 8 && sizeof(StepLayer) == 17 * 8);
 
 namespace cpu {
 
-// tokens, slots, positions: (rows); logits: fp32 (rows, vocab_size).
+// tokens, slots, positions: (rows); logits: fp32 (rows, vocab_size). Throws std::out_of_range, before anything is
+// written, if a token, slot or position does not exist.
 void decode_step(const std::int64_t* model, float norm_eps, std::int64_t rows, const std::int64_t* tokens,
                  const std::int64_t* slots, const std::int64_t* positions, float* logits);
 

@@ -30,8 +30,8 @@ inline void relax() {
 thread_local bool inside_task = false;
 
 // One job at a time. `gate_` holds whether the job is open (bit 0) and how many workers are in it (the rest). A worker
-// enters by adding 2 while the gate is open; the caller closes it when no task is left and waits for the workers inside.
-// A worker that wakes late finds the gate shut and goes back to waiting: nobody waits for it.
+// enters by adding 2 while the gate is open; the caller closes it when no task is left and waits for the workers
+// inside. A worker that wakes late finds the gate shut and goes back to waiting: nobody waits for it.
 class Pool {
  public:
   explicit Pool(int n_threads) {
@@ -59,7 +59,9 @@ class Pool {
     // Sequentially consistent against `sleepers_`: either the sleeper sees the new epoch or we see the sleeper.
     epoch_.fetch_add(1);
     if (sleepers_.load() > 0) {
-      { std::lock_guard<std::mutex> lock(sleep_mutex_); }
+      {
+        std::lock_guard<std::mutex> lock(sleep_mutex_);
+      }
       wake_.notify_all();
     }
     drain();
@@ -83,7 +85,8 @@ class Pool {
   bool enter() {
     std::uint64_t gate = gate_.load(std::memory_order_relaxed);
     while ((gate & 1) != 0) {
-      if (gate_.compare_exchange_weak(gate, gate + 2, std::memory_order_acquire, std::memory_order_relaxed)) return true;
+      if (gate_.compare_exchange_weak(gate, gate + 2, std::memory_order_acquire, std::memory_order_relaxed))
+        return true;
     }
     return false;
   }
@@ -131,7 +134,6 @@ struct State {
   std::unique_ptr<Pool> pool;
   std::atomic<int> n_threads{static_cast<int>(std::max(1u, std::thread::hardware_concurrency()))};
 };
-
 
 // Never destroyed: threads may still wait on it when the process ends.
 std::atomic<State*> global_state{nullptr};

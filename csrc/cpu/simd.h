@@ -22,7 +22,8 @@
 
 namespace gear::GEAR_ISA {
 
-// ---- storage types ---------------------------------------------------------------------------------------------------
+// ---- storage types
+// ---------------------------------------------------------------------------------------------------
 
 struct bf16 {
   std::uint16_t bits;
@@ -51,7 +52,8 @@ inline bf16 from_float<bf16>(float x) {
   return bf16{static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
-// ---- vectors ---------------------------------------------------------------------------------------------------------
+// ---- vectors
+// ---------------------------------------------------------------------------------------------------------
 
 #if defined(GEAR_ISA_avx512)
 
@@ -136,7 +138,9 @@ inline Vec round(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | 
 inline Vec exp2_integral(Vec n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
-inline Vec zero_below(Vec x, Vec bound, Vec value) { return _mm256_and_ps(_mm256_cmp_ps(x, bound, _CMP_NLT_UQ), value); }
+inline Vec zero_below(Vec x, Vec bound, Vec value) {
+  return _mm256_and_ps(_mm256_cmp_ps(x, bound, _CMP_NLT_UQ), value);
+}
 
 inline void load_pairs(const bf16* p, Vec& even, Vec& odd) {
   const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

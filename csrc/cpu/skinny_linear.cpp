@@ -14,7 +14,8 @@ bool in_place(WeightKind kind) { return kind == WeightKind::f32_rows || kind == 
 
 std::int64_t element_bytes(WeightKind kind) { return in_place(kind) ? 4 : kind == WeightKind::int8_panels ? 1 : 2; }
 
-// ---- operands --------------------------------------------------------------------------------------------------------
+// ---- operands
+// --------------------------------------------------------------------------------------------------------
 
 float sum_of_squares(const float* x, std::int64_t n) {
   Vec total = zero();
@@ -96,7 +97,8 @@ Operand prepare(const Linear& call) {
   return operand;
 }
 
-// ---- epilogue --------------------------------------------------------------------------------------------------------
+// ---- epilogue
+// --------------------------------------------------------------------------------------------------------
 
 void gate_row(float* values, const float* gate, int n) {
   // n is at most kTileColumns and a tile's row has that many columns: whole vectors stay inside.

@@ -1,7 +1,8 @@
 // A linear layer for few rows with the norm before it and the SwiGLU or residual after it; see ops/skinny_linear.py.
 //
 // Bits of a row's result depend on the row, the weights and the instruction set only: not on the number of threads, on
-// how many rows there are, or on the row's place among them. Every accumulator sees the reduction dimension in one order.
+// how many rows there are, or on the row's place among them. Every accumulator sees the reduction dimension in one
+// order.
 #pragma once
 
 #include <cstddef>
@@ -31,11 +32,11 @@ struct Linear {
   void* y;
 };
 
-// The rows of x, normalised and in the form that the weight's kernel multiplies with: fp32 for weights in place, bf16 or
-// int8 (with a scale per row) for panels. Zeros fill a row up to `stride`.
+// The rows of x, normalised and in the form that the weight's kernel multiplies with: fp32 for weights in place, bf16
+// or int8 (with a scale per row) for panels. Zeros fill a row up to `stride`.
 struct Operand {
   void* data;
-  float* row_scales;  // int8 only
+  float* row_scales;    // int8 only
   std::int64_t stride;  // bytes from row to row
 };
 

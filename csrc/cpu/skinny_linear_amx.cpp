@@ -1,8 +1,8 @@
 // Products with packed weights on AMX tile registers: 16 rows of x by 16 columns of weights per instruction.
 //
 // Tile registers: 0-3 accumulate four panels, 4 holds x, 5-7 weights. The hardware computes every row of a tile alike,
-// whatever the number of rows, so a row's bits do not depend on its neighbours. With two rows (one image under guidance)
-// the four streams of weights run at memory bandwidth; with sixteen the arithmetic still keeps up with them.
+// whatever the number of rows, so a row's bits do not depend on its neighbours. With two rows (one image under
+// guidance) the four streams of weights run at memory bandwidth; with sixteen the arithmetic still keeps up with them.
 #include "cpu/skinny_linear.h"
 
 #if defined(GEAR_ISA_avx512)
@@ -39,13 +39,13 @@ inline void prefetch_tile(const char* tile) {
   for (int line = 0; line < kTileLines; ++line) __builtin_prefetch(tile + line * kLineBytes + kAhead);
 }
 
-#define GEAR_MULTIPLY(total, x, w)      \
-  do {                                  \
-    if constexpr (kInt8) {              \
-      _tile_dpbssd(total, x, w);        \
-    } else {                            \
-      _tile_dpbf16ps(total, x, w);      \
-    }                                   \
+#define GEAR_MULTIPLY(total, x, w) \
+  do {                             \
+    if constexpr (kInt8) {         \
+      _tile_dpbssd(total, x, w);   \
+    } else {                       \
+      _tile_dpbf16ps(total, x, w); \
+    }                              \
   } while (0)
 
 template <bool kInt8, int kPanels>

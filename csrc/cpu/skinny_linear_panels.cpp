@@ -1,6 +1,6 @@
-// Products with packed weights (common/packing.h) without tile registers: a line of 16 columns times a broadcast group of
-// x. bf16 uses the AVX-512 dot product where it is there and widens to fp32 otherwise; int8 sums exactly in int32 on every
-// instruction set.
+// Products with packed weights (common/packing.h) without tile registers: a line of 16 columns times a broadcast group
+// of x. bf16 uses the AVX-512 dot product where it is there and widens to fp32 otherwise; int8 sums exactly in int32 on
+// every instruction set.
 #include "common/packing.h"
 #include "cpu/simd.h"
 #include "cpu/skinny_linear.h"
@@ -17,7 +17,8 @@ inline std::int32_t group_at(const void* x) {
   return bits;
 }
 
-// ---- bf16 ------------------------------------------------------------------------------------------------------------
+// ---- bf16
+// ------------------------------------------------------------------------------------------------------------
 
 template <int kRows>
 void bf16_panel(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, float* out) {
@@ -61,7 +62,8 @@ __attribute__((target("avx512bf16"))) void bf16_panel_dot(const char* panel, std
 }
 #endif
 
-// ---- int8 ------------------------------------------------------------------------------------------------------------
+// ---- int8
+// ------------------------------------------------------------------------------------------------------------
 
 #if defined(GEAR_ISA_avx512) || defined(GEAR_ISA_avx2)
 // 16-bit products are added in pairs: two int32 per column, joined at the end.
@@ -120,12 +122,12 @@ __attribute__((target("avx512vnni"))) void int8_panel_dot(const char* panel, std
       total[r] = _mm512_dpbusd_epi32(total[r], group, w);
     }
   }
-  for (int r = 0; r < kRows; ++r)
-    _mm512_storeu_si512(out + r * kTileColumns, _mm512_sub_epi32(total[r], weight_sum));
+  for (int r = 0; r < kRows; ++r) _mm512_storeu_si512(out + r * kTileColumns, _mm512_sub_epi32(total[r], weight_sum));
 }
 #endif
 
-// ---- a tile ----------------------------------------------------------------------------------------------------------
+// ---- a tile
+// ----------------------------------------------------------------------------------------------------------
 
 using PanelKernel = void (*)(const char*, std::int64_t, const char*, std::int64_t, void*);
 

@@ -1,7 +1,7 @@
 // Products with weights in place: row-major (out_features, in_features), fp32 or bf16.
 //
-// An accumulator is one vector per (output, row): lane l sums the k with k % lanes == l in order, then the lanes are added
-// in a fixed tree. How outputs and rows are blocked changes which accumulators live together, never their order.
+// An accumulator is one vector per (output, row): lane l sums the k with k % lanes == l in order, then the lanes are
+// added in a fixed tree. How outputs and rows are blocked changes which accumulators live together, never their order.
 #include "cpu/simd.h"
 #include "cpu/skinny_linear.h"
 
@@ -10,8 +10,8 @@ namespace {
 
 constexpr int kOutputs = 4;
 
-// One block: kOutputs x kRows accumulators. `ahead` is prefetched alongside, one line per step: with several rows this is
-// bound by arithmetic, and the next outputs' weights arrive meanwhile.
+// One block: kOutputs x kRows accumulators. `ahead` is prefetched alongside, one line per step: with several rows this
+// is bound by arithmetic, and the next outputs' weights arrive meanwhile.
 template <class W, int kRows, bool kPrefetch>
 inline void block(const W* const (&weight)[kOutputs], const float* x, std::int64_t stride, std::int64_t in_features,
                   const W* ahead, float* out) {

@@ -11,9 +11,26 @@ from typing import Any
 
 import torch
 
-from gear_engine.ops import backends, codebook_quantize, decode_attention, philox, sample_tokens, skinny_linear
+from gear_engine.ops import (
+    backends,
+    codebook_quantize,
+    decode_attention,
+    decode_step,
+    philox,
+    sample_tokens,
+    skinny_linear,
+)
 
-__all__ = ["GeneratorOps", "backends", "codebook_quantize", "decode_attention", "philox", "sample_tokens", "skinny_linear"]
+__all__ = [
+    "GeneratorOps",
+    "backends",
+    "codebook_quantize",
+    "decode_attention",
+    "decode_step",
+    "philox",
+    "sample_tokens",
+    "skinny_linear",
+]
 
 
 @dataclass(frozen=True)
@@ -23,12 +40,15 @@ class GeneratorOps:
     Attributes:
         decode_attention, skinny_linear, sample_tokens: callables with the signatures of the modules' ``reference``.
         backends: the backend chosen for each of them.
+        decode_step: the whole model in one call, where the compiled CPU backend was chosen for its parts; see
+            :mod:`gear_engine.ops.decode_step`.
     """
 
     decode_attention: Callable[..., torch.Tensor]
     skinny_linear: Callable[..., torch.Tensor]
     sample_tokens: Callable[..., torch.Tensor]
     backends: Mapping[str, str]
+    decode_step: Callable[..., torch.Tensor] | None = None
 
     @classmethod
     def resolve(
@@ -50,4 +70,6 @@ class GeneratorOps:
             implementation = backends.resolve(op, device, main_dtype, name)
             found[op] = implementation.load()
             chosen[op] = implementation.backend
+        if chosen["skinny_linear"] == chosen["decode_attention"] == "cpu":
+            found["decode_step"] = decode_step.decode_step
         return cls(**found, backends=chosen)

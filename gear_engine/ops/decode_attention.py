@@ -167,6 +167,7 @@ def _cpu(
 
     Raises:
         ValueError: the head is larger than 256, or the caches' strides differ.
+        IndexError: a slot or position does not exist; nothing was written.
     """
     _, n_kv_head, _, head_dim = k_cache.shape
     if head_dim > _MAX_HEAD_DIM or head_dim % 4:
@@ -176,10 +177,11 @@ def _cpu(
     slots, positions, rope = slots.contiguous(), positions.contiguous(), rope.contiguous()
     rows = qkv.shape[0]
     out = qkv.new_empty(rows, n_head * head_dim)
+    num_entries = min(k_cache.shape[2], 1 + rope.shape[0])
     native.cpu_kernels().decode_attention_cpu(
         qkv.data_ptr(), _DTYPES[qkv.dtype], qkv.stride(0), rows, n_head, n_kv_head, head_dim, k_cache.data_ptr(),
-        v_cache.data_ptr(), *k_cache.stride()[:3], prefix_bias.data_ptr(), slots.data_ptr(), positions.data_ptr(),
-        rope.data_ptr(), out.data_ptr(),
+        v_cache.data_ptr(), k_cache.shape[0], num_entries, *k_cache.stride()[:3], prefix_bias.data_ptr(),
+        slots.data_ptr(), positions.data_ptr(), rope.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out
 

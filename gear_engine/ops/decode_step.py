@@ -107,6 +107,7 @@ def decode_step(
 
     Raises:
         ValueError: a tensor's dtype, shape or layout does not fit.
+        IndexError: a token, slot or position does not exist; nothing was written.
     """
     words = _describe(weights, cache, n_head)
     rows, vocab_size = tokens.shape[0], weights.tok_embeddings.shape[0]
@@ -142,7 +143,16 @@ def _describe(weights: Model, cache: Cache, n_head: int) -> list[int]:
     words = [
         *(len(weights.blocks), dim, ffn_dim, vocab_size, n_head, kv.shape[3], _DTYPES[dtype]),
         *(vector(weights.tok_embeddings), vector(weights.norm), *weight_operands(weights.output, dtype)),
-        *(kv.data_ptr(), strides[0], strides[1], strides[2], strides[3], strides[4]),
+        *(
+            kv.data_ptr(),
+            kv.shape[2],
+            min(kv.shape[4], 1 + cache.rope.shape[0]),
+            strides[0],
+            strides[1],
+            strides[2],
+            strides[3],
+            strides[4],
+        ),
         *(cache.prefix_bias.data_ptr(), cache.rope.data_ptr()),
     ]
     for block in weights.blocks:
