@@ -87,10 +87,9 @@ class Engine:
         if not 1 <= self.max_new_tokens <= config.block_size:
             raise ConfigError(f"max_new_tokens {max_new_tokens} must lie in [1, block_size = {config.block_size}]")
         self.ops = GeneratorOps.resolve(self.device, self.dtype, backend)
-        compiled = self.ops.backends["skinny_linear"] == "cpu"
-        self.weight_format = (
-            "bf16" if weight_format is None and compiled and self.dtype == torch.bfloat16 else weight_format
-        )
+        if weight_format is None and (self.dtype, self.ops.backends["skinny_linear"]) == (torch.bfloat16, "cpu"):
+            weight_format = "bf16"
+        self.weight_format = weight_format
         plan = engine_plan(
             config,
             num_slots=2 * max_images,
@@ -148,10 +147,7 @@ class Engine:
         return self.scheduler.num_unfinished
 
     def add_request(self, request: ImageRequest, *, rng: RngMode = "philox") -> int:
-        """Queues one image; it starts as soon as a slot is free, beside images in flight.
-
-        Returns:
-            The request's number, as in :class:`FinishedImage`.
+        """Queues one image, which starts as soon as a slot is free; returns its number.
 
         Raises:
             InvalidRequestError: the request does not fit the model, or ``rng`` is ``"torch"``, whose draws are one
@@ -221,7 +217,7 @@ class Engine:
     def step(self) -> list[FinishedImage]:
         """One token for every image in flight; returns the images that are complete.
 
-        An exception (an interrupt, say) loses nothing: the next call repeats what was not finished.
+        After an exception (an interrupt, say) the next call repeats what was not finished.
         """
         return self._step(None)
 

@@ -163,7 +163,8 @@ class GeneratorWeights:
 
     def _named(self) -> Iterator[tuple[str, Weight]]:
         """Every weight under its field's name."""
-        for part in (self, *self.blocks):
+        parts: list[GeneratorWeights | BlockWeights] = [self, *self.blocks]
+        for part in parts:
             for name in _weight_fields(part):
                 if getattr(part, name) is not None:
                     yield name, getattr(part, name)
@@ -193,7 +194,7 @@ class GeneratorWeights:
     ) -> GeneratorWeights:
         """The same weights on ``device`` in ``dtype``; those that are so already are shared, not copied.
 
-        ``pack_kind`` packs the linear ones (not the embedding tables and norms) into the layout of the compiled kernels.
+        ``pack_kind`` packs the linear ones (not embedding tables and norms) into the layout of the compiled kernels.
         """
 
         def move(name: str, weight: Weight | None) -> Weight | None:
