@@ -35,6 +35,8 @@ Metric = Literal["l2", "l2_normalized", "inner_product"]
 
 MAX_CODES = 2**18
 MAX_WIDTH = 512
+#: Elements up to which torch stays on the calling thread (its grain size).
+SERIAL_ELEMENTS = 32768
 
 
 def codebook_quantize(
@@ -71,7 +73,7 @@ def codebook_quantize(
 
 def reference(z: torch.Tensor, codebook: torch.Tensor, metric: Metric) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain torch, in the official order of operations; materialises [N, K]."""
-    z, codebook = _compared(z, codebook, metric)
+    z, codebook = _compared(z, metric), _compared(codebook, metric)
     product = torch.einsum("bd,dn->bn", z, codebook.t())  # [N, K]
     if metric == "inner_product":
         indices = F.softmax(product, dim=1).argmax(dim=1)
@@ -81,18 +83,35 @@ def reference(z: torch.Tensor, codebook: torch.Tensor, metric: Metric) -> tuple[
     return indices, codebook[indices]
 
 
-def _compared(z: torch.Tensor, codebook: torch.Tensor, metric: Metric) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two sides as they enter the formula."""
-    z, codebook = z.contiguous(), codebook.contiguous()
-    if metric != "l2_normalized":
-        return z, codebook
-    return F.normalize(z, p=2, dim=-1), F.normalize(codebook, p=2, dim=-1)
+def _compared(x: torch.Tensor, metric: Metric) -> torch.Tensor:
+    """One side as it enters the formula."""
+    return F.normalize(x, p=2, dim=-1) if metric == "l2_normalized" else x.contiguous()
+
+
+def _prepared(x: torch.Tensor, metric: Metric) -> tuple[torch.Tensor, torch.Tensor]:
+    """(:func:`_compared` [M, d], |.|^2 [M]) as torch rounds them.
+
+    On a CPU by blocks that torch works through on the calling thread: waking its threads for so little costs more than
+    the work, and they would go on spinning beside the kernel's.
+    """
+    block = max(1, SERIAL_ELEMENTS // x.shape[1]) if x.device.type == "cpu" else max(1, x.shape[0])
+    if x.shape[0] <= block:
+        vectors = _compared(x, metric)
+        return vectors, torch.sum(vectors**2, dim=1)
+    vectors = torch.empty(x.shape, dtype=x.dtype, device=x.device) if metric == "l2_normalized" else x.contiguous()
+    norms = torch.empty(x.shape[0], dtype=x.dtype, device=x.device)
+    for start in range(0, x.shape[0], block):
+        part = vectors[start : start + block]
+        if metric == "l2_normalized":
+            part.copy_(_compared(x[start : start + block], metric))
+        torch.sum(part**2, dim=1, out=norms[start : start + block])
+    return vectors, norms
 
 
 def _operands(z: torch.Tensor, codebook: torch.Tensor, metric: Metric) -> tuple[torch.Tensor, ...]:
-    """(z, |z|^2, codebook, |e|^2, indices, quantized) for a kernel; the norms as torch rounds them."""
-    z, codebook = _compared(z, codebook, metric)
-    z_norm, code_norm = torch.sum(z**2, dim=1), torch.sum(codebook**2, dim=1)
+    """(z, |z|^2, codebook, |e|^2, indices, quantized) for a kernel."""
+    z, z_norm = _prepared(z, metric)
+    codebook, code_norm = _prepared(codebook, metric)
     indices = torch.empty(z.shape[0], dtype=torch.int64, device=z.device)
     return z, z_norm, codebook, code_norm, indices, torch.empty_like(z)
 
