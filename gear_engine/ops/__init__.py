@@ -16,7 +16,9 @@ from gear_engine.ops import (
     codebook_quantize,
     decode_attention,
     decode_step,
+    group_norm_silu,
     philox,
+    residual_moments,
     sample_tokens,
     skinny_linear,
 )
@@ -27,7 +29,9 @@ __all__ = [
     "codebook_quantize",
     "decode_attention",
     "decode_step",
+    "group_norm_silu",
     "philox",
+    "residual_moments",
     "sample_tokens",
     "skinny_linear",
 ]

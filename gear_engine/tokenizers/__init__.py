@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from gear_engine.tokenizers.decoder_fast import Decoder
 from gear_engine.tokenizers.images import resize, to_uint8
 from gear_engine.tokenizers.infer import from_module, infer_config
 from gear_engine.tokenizers.quantizers import soft_readout
 from gear_engine.tokenizers.tokenizer import Tokenizer, build_tokenizer
 
-__all__ = ["Tokenizer", "build_tokenizer", "from_module", "infer_config", "resize", "soft_readout", "to_uint8"]
+__all__ = [
+    "Decoder",
+    "Tokenizer",
+    "build_tokenizer",
+    "from_module",
+    "infer_config",
+    "resize",
+    "soft_readout",
+    "to_uint8",
+]

@@ -1,0 +1,249 @@
+"""The CPU decoder: the same network as the modules', run image by image over reused memory.
+
+Per residual block: one pass normalises and activates into the convolution's operand, the convolution runs in strips
+of rows, one pass adds the strip to the fp32 residual stream and takes the sums for the next norm. A nearest upsampling
+and the 3 x 3 convolution after it become four 2 x 2 convolutions of the small image (each output phase sees two rows
+and two columns of it): 4 / 9 of the products, and the large operand is never built.
+
+``dtype=torch.float32`` gives the modules' result within 1e-5 of its range; ``torch.bfloat16`` rounds the operands and
+outputs of the convolutions and keeps residuals, norms and sums in fp32. An image's pixels never depend on the rest of
+its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from gear_engine.errors import BackendUnavailableError, ConfigError, InvalidRequestError
+from gear_engine.tokenizers import magvit2, vqgan
+from gear_engine.tokenizers.canvas import Arena, Canvas
+from gear_engine.tokenizers.tokenizer import Tokenizer
+
+__all__ = ["Decoder"]
+
+
+def _phase_weights(weight: torch.Tensor) -> torch.Tensor:
+    """[out, in, 3, 3] -> [4 out, in, 2, 2]: the 3 x 3 taps that fall on each of the two rows and columns of a phase."""
+    # Phase 0 sees (the row above, its own row): taps {0}, {1, 2}; phase 1 (its own row, the row below): {0, 1}, {2}.
+    fold = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # [phase, row, tap]
+    phases = torch.einsum("pyi,qxj,ocij->pqocyx", fold, fold, weight)
+    return phases.reshape(4 * weight.shape[0], weight.shape[1], 2, 2)
+
+
+class _Conv:
+    """A convolution over channels-last rows that were padded above and below: [h + k - 1, W, in] -> [h, W', out]."""
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, *, phases: bool = False) -> None:
+        weight, bias = conv.weight.detach(), conv.bias
+        if phases:
+            weight = _phase_weights(weight.float())
+            bias = None if bias is None else bias.detach().repeat(4)
+        self.weight = weight.to(dtype=dtype, memory_format=torch.channels_last)
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.out_channels = self.weight.shape[0]
+        self.padding = (0, 1 if self.weight.shape[3] > 1 else 0)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        image = rows.permute(2, 0, 1).unsqueeze(0)  # [1, in, h + k - 1, W], channels last
+        out = F.conv2d(image, self.weight, self.bias, padding=self.padding)
+        return out.squeeze(0).permute(1, 2, 0).contiguous()
+
+
+class _Step(Protocol):
+    def __call__(self, canvas: Canvas, latent: torch.Tensor) -> None: ...
+
+
+class _ResidualStep:
+    """Residual block. x + conv2(silu(norm2(conv1(silu(norm1(x))))))."""
+
+    def __init__(self, block: vqgan.ResidualBlock | magvit2.ResidualBlock, dtype: torch.dtype) -> None:
+        self.norm1, self.norm2 = block.norm1, block.norm2
+        self.conv1, self.conv2 = _Conv(block.conv1, dtype), _Conv(block.conv2, dtype)
+        shortcut = block._modules.get("nin_shortcut")
+        # The residual stream stays fp32, also where a block changes its width.
+        self.shortcut = _Conv(shortcut, torch.float32) if isinstance(shortcut, nn.Conv2d) else None
+
+    def __call__(self, canvas: Canvas, latent: torch.Tensor) -> None:
+        height, width = canvas.x.shape[:2]
+        operand = canvas.padded()
+        canvas.normalised(self.norm1, operand[1:-1])
+        bounds = list(canvas.strips(self.conv1.out_channels))
+        moments = torch.empty_like(canvas.moments)
+        hidden = []
+        for first, last in bounds:
+            strip = self.conv1(operand[first : last + 2])
+            canvas.moments_of(strip, moments[first:last])
+            hidden.append(strip)
+        if self.shortcut is not None:
+            x = canvas.x
+            canvas.replace(height, width, self.conv1.out_channels)
+            for first, last in bounds:
+                canvas.put(self.shortcut(x[first:last]), first, accumulate=False)
+            operand = canvas.padded()
+        canvas.normalise_strips(self.norm2, hidden, moments, operand[1:-1])
+        del hidden
+        for first, last in bounds:
+            canvas.put(self.conv2(operand[first : last + 2]), first, accumulate=True)
+
+
+class _AttentionStep:
+    """x + proj_out(attention(norm(x))), one head over all positions."""
+
+    def __init__(self, block: vqgan.AttentionBlock, dtype: torch.dtype) -> None:
+        self.norm = block.norm
+        self.projections = [_Conv(conv, dtype) for conv in (block.q, block.k, block.v)]
+        self.proj_out = _Conv(block.proj_out, dtype)
+
+    def __call__(self, canvas: Canvas, latent: torch.Tensor) -> None:
+        height, width, channels = canvas.x.shape
+        normed = canvas.normalised(self.norm, canvas.padded()[1:-1], silu=False)
+        q, k, v = (proj(normed).view(1, 1, height * width, channels) for proj in self.projections)
+        mixed = F.scaled_dot_product_attention(q, k, v).view(height, width, channels)
+        canvas.put(self.proj_out(mixed), 0, accumulate=True)
+
+
+class _UpsampleStep:
+    """Nearest upsampling and 3 x 3 convolution, as four 2 x 2 convolutions."""
+
+    def __init__(self, module: vqgan.Upsample, dtype: torch.dtype) -> None:
+        self.conv = _Conv(module.conv, dtype, phases=True)
+
+    def __call__(self, canvas: Canvas, latent: torch.Tensor) -> None:
+        height, width, _ = canvas.x.shape
+        operand = canvas.padded()
+        operand[1:-1].copy_(canvas.x)
+        bounds = list(canvas.strips(self.conv.out_channels))
+        canvas.replace(2 * height, 2 * width, self.conv.out_channels // 4)
+        for first, last in bounds:
+            phases = self.conv(operand[first : last + 2])  # [last - first + 1, W + 1, 4 C]
+            canvas.put(phases.unflatten(2, (4, -1)), 2 * first, accumulate=False, phase_offset=1)
+
+
+class _DepthToSpaceStep:
+    """3 x 3 convolution to four times the channels, then depth-to-space."""
+
+    def __init__(self, module: magvit2.Upsampler, dtype: torch.dtype) -> None:
+        self.conv = _Conv(module.conv1, dtype)
+
+    def __call__(self, canvas: Canvas, latent: torch.Tensor) -> None:
+        height, width, channels = canvas.x.shape
+        operand = canvas.padded()
+        operand[1:-1].copy_(canvas.x)
+        bounds = list(canvas.strips(self.conv.out_channels))
+        canvas.replace(2 * height, 2 * width, channels)
+        for first, last in bounds:
+            phases = self.conv(operand[first : last + 2]).unflatten(2, (4, -1))
+            canvas.put(phases, 2 * first, accumulate=False, phase_offset=0)
+
+
+@dataclass(frozen=True)
+class _AdaptiveNormStep:
+    """Group norm whose scale and shift come from the latent."""
+
+    module: magvit2.AdaptiveGroupNorm
+
+    def __call__(self, canvas: Canvas, latent: torch.Tensor) -> None:
+        scale, shift = self.module.affine(latent)
+        canvas.rescale(scale.flatten(), shift.flatten(), self.module.gn.eps)
+
+
+def _step(module: nn.Module, dtype: torch.dtype) -> _Step:
+    if isinstance(module, (vqgan.ResidualBlock, magvit2.ResidualBlock)):
+        return _ResidualStep(module, dtype)
+    if isinstance(module, vqgan.AttentionBlock):
+        return _AttentionStep(module, dtype)
+    if isinstance(module, vqgan.Upsample):
+        return _UpsampleStep(module, dtype)
+    if isinstance(module, magvit2.Upsampler):
+        return _DepthToSpaceStep(module, dtype)
+    if isinstance(module, magvit2.AdaptiveGroupNorm):
+        return _AdaptiveNormStep(module)
+    raise TypeError(f"a decoder has no step of type {type(module).__name__}")
+
+
+class Decoder:
+    """Decodes code indices of one tokenizer on the CPU, in a dtype that is chosen once.
+
+    The weights are read, and for bf16 converted, when the object is made; call :meth:`refresh` after they changed. The
+    memory of the activations is kept for the next call (:attr:`nbytes`, :meth:`release`).
+
+    Args:
+        tokenizer: an fp32 tokenizer on the CPU.
+        dtype: ``torch.float32`` (exact) or ``torch.bfloat16`` (convolutions in bf16; 45 dB and better against fp32).
+
+    Raises:
+        ConfigError: another dtype, or a tokenizer that is not fp32.
+        BackendUnavailableError: a tokenizer that is not on the CPU, or bf16 on a CPU without AVX-512.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, dtype: torch.dtype = torch.float32) -> None:
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ConfigError(f"decoders run in torch.float32 or torch.bfloat16, not {dtype}")
+        if tokenizer.device.type != "cpu":
+            raise BackendUnavailableError(f"this decoder runs on the CPU, the tokenizer is on {tokenizer.device}")
+        if tokenizer.dtype != torch.float32:
+            raise ConfigError(f"the tokenizer must hold fp32 weights, not {tokenizer.dtype}; dtype= converts them")
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            raise BackendUnavailableError("bf16 convolutions need a CPU with AVX-512; use dtype=torch.float32")
+        self.tokenizer = tokenizer
+        self.dtype = dtype
+        self._arena = Arena()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Reads the tokenizer's weights again."""
+        decoder = self.tokenizer.decoder
+        self._conv_in, self._conv_out = _Conv(decoder.conv_in, self.dtype), _Conv(decoder.conv_out, self.dtype)
+        self._steps = [_step(module, self.dtype) for module in decoder.steps()]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept for activations between calls."""
+        return self._arena.nbytes
+
+    def release(self) -> None:
+        """Gives the memory of the activations back; the next call takes it again."""
+        self._arena.release()
+
+    @torch.no_grad()
+    def decode_code(
+        self, codes: torch.Tensor, shape: Sequence[int] | None = None, channel_first: bool = True
+    ) -> torch.Tensor:
+        """As :meth:`Tokenizer.decode_code`; fp32 images [B, 3, H, W]."""
+        return self.decode(self.tokenizer.lookup(codes, shape, channel_first))
+
+    @torch.no_grad()
+    def decode(self, quant: torch.Tensor) -> torch.Tensor:
+        """As :meth:`Tokenizer.decode`: fp32 code vectors [B, d, h, w] -> fp32 images [B, 3, H, W]."""
+        config = self.tokenizer.config
+        dim, factor = config.codebook_embed_dim, config.downsample
+        if quant.ndim != 4 or quant.shape[1] != dim or quant.shape[0] == 0:
+            raise InvalidRequestError(f"code vectors must be [B, {dim}, h, w], got {tuple(quant.shape)}")
+        height, width = quant.shape[2] * factor, quant.shape[3] * factor
+        config.latent_size(height, width)
+        images = torch.empty(quant.shape[0], 3, height, width)
+        with torch.autocast("cpu", enabled=False):
+            for index, image in enumerate(images):
+                # One image at a time here too: a batched convolution may sum in another order.
+                latent = self.tokenizer.post_quant_conv(quant[index : index + 1].float())
+                self._decode_image(latent, image)
+        return images
+
+    def _decode_image(self, latent: torch.Tensor, image: torch.Tensor) -> None:
+        norm_out = self.tokenizer.decoder.norm_out
+        canvas = Canvas(self._arena, self.dtype, norm_out.num_groups)
+        rows = F.pad(latent[0].permute(1, 2, 0), (0, 0, 0, 0, 1, 1)).to(self.dtype)  # [h + 2, w, z]
+        canvas.replace(latent.shape[2], latent.shape[3], self._conv_in.out_channels)
+        canvas.put(self._conv_in(rows), 0, accumulate=False)
+        for step in self._steps:
+            step(canvas, latent)
+        operand = canvas.padded()
+        canvas.normalised(norm_out, operand[1:-1])
+        for first, last in canvas.strips(canvas.x.shape[2]):
+            image[:, first:last].copy_(self._conv_out(operand[first : last + 2]).permute(2, 0, 1))
