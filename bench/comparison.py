@@ -1,0 +1,121 @@
+"""Processes, agreement and tables of a comparison with the official code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = [
+    "FLOAT_TOLERANCE",
+    "TIE_TOLERANCE",
+    "Arrays",
+    "Child",
+    "compare_tokens",
+    "relative_error",
+    "report",
+    "run_child",
+    "run_driver",
+    "side",
+]
+
+_DRIVER = Path(__file__).with_name("official_driver.py")
+FLOAT_TOLERANCE = 1e-5
+TIE_TOLERANCE = 1e-4
+_AGREEMENT = ("tokens", "largest_pixel_difference", "indices", "errors")
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Child:
+    """A finished process: wall seconds and peak resident bytes."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def run_child(command: list[str], log: Path) -> Child:
+    """Runs ``command`` to its end; raises with the end of its output if it fails."""
+    start = time.perf_counter()
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - start
+    if process.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text()[-4000:]}")
+    return Child(seconds, usage.ru_maxrss * 1024)
+
+
+def run_driver(side: str, job: dict[str, Any], folder: Path, name: str) -> tuple[Arrays, Child]:
+    """Runs a job with the ``"official"`` or the ``"engine"`` driver and returns its arrays."""
+    out = folder / f"{name}.{side}.npz"
+    path = folder / f"{name}.{side}.json"
+    path.write_text(json.dumps({**job, "out": str(out)}))
+    driver = ["-P", str(_DRIVER)] if side == "official" else ["-m", "gear_engine.bench.engine_driver"]
+    child = run_child([sys.executable, *driver, str(path)], folder / f"{name}.{side}.log")
+    with np.load(out) as stored:
+        return {key: stored[key] for key in stored.files}, child
+
+
+def compare_tokens(job: dict[str, Any], folder: Path, official: Arrays, ours: Arrays) -> dict[str, Any]:
+    """Equal images, ties and true differences; a difference is scored in a second official run."""
+    differs = official["tokens"] != ours["tokens"]
+    images = differs.any(axis=1)
+    result = {"images": len(images), "equal": int((~images).sum()), "ties": 0, "different": 0}
+    if images.any():
+        rerun = {**job, "other_tokens": str(folder / f"{job['task']}.engine.npz")}
+        scored, _ = run_driver("official", rerun, folder, f"{job['task']}_scores")
+        if not np.array_equal(scored["tokens"], official["tokens"]):
+            raise SystemExit("the official code did not repeat its own tokens; its differences cannot be scored")
+        tolerance = TIE_TOLERANCE * max(1.0, job["sampling"]["cfg_scale"] / 4)
+        first = differs.argmax(axis=1)
+        gaps = np.abs(scored["gaps"][np.arange(len(first)), first])[images]
+        result["ties"] = int((gaps <= tolerance).sum())
+        result["different"] = int((gaps > tolerance).sum())
+        result["largest_gap"] = float(gaps.max())
+    return result
+
+
+def relative_error(actual: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
+    return float(np.abs(actual.astype(np.float64) - expected).max() / np.abs(expected).max())
+
+
+def side(arrays: Arrays, child: Child) -> dict[str, float]:
+    """One side's figures: seconds of both phases and of the whole process, peak bytes."""
+    first, second = arrays["seconds"].tolist()
+    return {"first_s": first, "second_s": second, "process_s": child.seconds, "peak_bytes": child.peak_bytes}
+
+
+def report(results: list[dict[str, Any]]) -> str:
+    """A table: agreement, then seconds and peak GB of both sides."""
+    lines = [f"{'what':58s} {'ok':5s} {'official s':>17s} {'ours s':>17s} {'ratio':>6s} {'peak GB':>12s}  agreement"]
+    for result in results:
+        official, ours = result["official"], result["ours"]
+        ratio = (official["first_s"] + official["second_s"]) / (ours["first_s"] + ours["second_s"])
+        times = [f"{each['first_s']:.2f} + {each['second_s']:.2f}" for each in (official, ours)]
+        peaks = f"{official['peak_bytes'] / 1e9:.2f} / {ours['peak_bytes'] / 1e9:.2f}"
+        found = {
+            key: result[key] for key in ("tokens", "largest_pixel_difference", "indices", "errors") if key in result
+        }
+        lines.append(
+            f"{result['task']:58s} {result['ok']!s:5s} {times[0]:>17s} {times[1]:>17s} {ratio:6.2f} {peaks:>12s}  "
+            + json.dumps(found)
+        )
+        if "program" in result:
+            program = result["program"]
+            lines.append(
+                f"{'  whole process, official and gear-engine sample':58s} {'':5s} {official['process_s']:17.2f} "
+                f"{program['process_s']:17.2f} {official['process_s'] / program['process_s']:6.2f} "
+                f"{official['peak_bytes'] / 1e9:5.2f} / {program['peak_bytes'] / 1e9:.2f}"
+            )
+    return "\n".join(lines)
+
+
