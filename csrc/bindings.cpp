@@ -7,6 +7,7 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/residual_moments.h"
+#include "cpu/sample_tokens.h"
 #include "cpu/skinny_linear.h"
 
 #ifdef GEAR_WITH_CUDA
@@ -41,9 +42,11 @@ PYBIND11_MODULE(_C, m) {
 
   op(m, "codebook_quantize_cpu", &gear::cpu::codebook_quantize);
   op(m, "decode_attention_cpu", &gear::cpu::decode_attention);
-  op(m, "group_norm_silu_cpu", &gear::cpu::group_norm_silu);
-  op(m, "residual_moments_cpu", &gear::cpu::residual_moments);
   op(m, "decode_step_cpu", &gear::cpu::decode_step);
+  op(m, "group_norm_silu_cpu", &gear::cpu::group_norm_silu);
+  op(m, "philox_cpu", &gear::cpu::philox_noise);
+  op(m, "residual_moments_cpu", &gear::cpu::residual_moments);
+  op(m, "sample_tokens_cpu", &gear::cpu::sample_tokens);
   op(m, "skinny_linear_cpu", &gear::cpu::skinny_linear);
 
 #ifdef GEAR_WITH_CUDA

@@ -32,7 +32,7 @@ from typing import Final
 
 import torch
 
-from gear_engine.ops import backends, triton_backend
+from gear_engine.ops import backends, native, triton_backend
 
 __all__ = ["LN2_HIGH", "LN2_LOW", "LOG1P", "SQRT_HALF_BITS", "exponential", "philox4x32", "reference", "uniform"]
 
@@ -133,5 +133,22 @@ def reference(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> 
     return exponential(uniform(seeds, positions, vocab_size))
 
 
+def _cpu(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Compiled: ``csrc/common/philox.h`` and ``exponential.h``."""
+    noise = torch.empty(seeds.shape[0], vocab_size)
+    kernels = native.cpu_kernels()
+    for row, (seed, position) in enumerate(zip(seeds.tolist(), positions.tolist(), strict=True)):
+        kernels.philox_cpu(seed, position, vocab_size, noise[row].data_ptr())
+    return noise
+
+
 backends.register("philox", "reference", lambda: reference)
+backends.register(
+    "philox",
+    "cpu",
+    lambda: _cpu,
+    devices=frozenset({"cpu"}),
+    dtypes=frozenset({torch.float32}),
+    unavailable=lambda: native.unavailable("philox_cpu"),
+)
 triton_backend.register("philox", frozenset({torch.float32}))

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from gear_engine.ops import backends, philox, triton_backend
+from gear_engine.ops import backends, native, philox, triton_backend
 from gear_engine.request import SamplingParams
 
 __all__ = ["SamplingTable", "filter_logits", "guide", "reference", "sample_tokens"]
@@ -184,5 +184,43 @@ def reference(
     return raced.argmax(dim=-1)
 
 
+def _cpu(
+    logits: torch.Tensor,
+    table: SamplingTable,
+    *,
+    noise: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compiled; no sort. An image's token depends on its own logits, settings and noise only.
+
+    The sums of step 4 are doubles over fp32 probabilities, each rounded to fp32 when compared with top_p. Where equal
+    logits straddle the limit, the lower indices stay, as a stable sort would have it; torch's own sort is not stable
+    and leaves it open which do. Exponentials differ from torch's in their last bits, so a token whose running sum lies
+    within about 1e-6 of top_p may fall on the other side.
+    """
+    logits = logits.contiguous()
+    images = len(table.params)
+    out = torch.empty(images, dtype=torch.int64)
+    noise = None if noise is None else noise.contiguous()
+    seeds = None if seeds is None else seeds.contiguous()
+    positions = None if positions is None else positions.contiguous()
+    native.cpu_kernels().sample_tokens_cpu(
+        images, logits.shape[1], logits.data_ptr(), table.uncond_rows.data_ptr(), table.cfg_scale.data_ptr(),
+        table.temperature.data_ptr(), table.top_k.data_ptr(), table.top_p.data_ptr(), table.greedy.data_ptr(),
+        0 if noise is None else noise.data_ptr(), 0 if seeds is None else seeds.data_ptr(),
+        0 if positions is None else positions.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
 backends.register("sample_tokens", "reference", lambda: reference)
+backends.register(
+    "sample_tokens",
+    "cpu",
+    lambda: _cpu,
+    devices=frozenset({"cpu"}),
+    dtypes=frozenset({torch.float32}),
+    unavailable=lambda: native.unavailable("sample_tokens_cpu"),
+)
 triton_backend.register("sample_tokens", frozenset({torch.float32}))
