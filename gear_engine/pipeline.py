@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,13 +12,20 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from gear_engine.checkpoint import (
+    open_generator,
+    open_tokenizer,
+    save_pretrained,
+)
 from gear_engine.engine import Engine
 from gear_engine.errors import ConfigError, InvalidRequestError
 from gear_engine.memory import available_bytes, check_fits
 from gear_engine.models.condition import TextCondition
 from gear_engine.models.transformer import Transformer
+from gear_engine.ops.skinny_linear import PackKind
+from gear_engine.pipeline_inputs import check_fit, label_list, repeat, seed_list, split_overrides, take
 from gear_engine.request import SamplingParams
-from gear_engine.text_encoders import CaptionFeatures, TextEncoder
+from gear_engine.text_encoders import CaptionFeatures, TextEncoder, load_text_encoder
 from gear_engine.tokenizers import Tokenizer, to_uint8
 
 __all__ = ["OutputType", "Pipeline", "PipelineOutput"]
@@ -51,6 +59,7 @@ class Pipeline:
         text_encoder: turns prompts into states (text models); not needed for labels or precomputed states.
         dtype: the generator's compute dtype; None: its weights' own.
         backend: kernels to use, see ``gear-engine info``.
+        weight_format: ``"bf16"`` or ``"int8"`` packs the generator's linear weights; see :class:`Engine`.
         max_images: images sampled at a time; a larger call is split or queued.
         decode_batch: images decoded at a time.
         memory_budget: bytes that sampling may take; None: what the device has left.
@@ -67,11 +76,12 @@ class Pipeline:
         *,
         dtype: torch.dtype | None = None,
         backend: str = "auto",
+        weight_format: PackKind | None = None,
         max_images: int = 8,
         decode_batch: int = 8,
         memory_budget: int | None = None,
     ) -> None:
-        _check_fit(generator, tokenizer, text_encoder)
+        check_fit(generator, tokenizer, text_encoder)
         if max_images < 1 or decode_batch < 1:
             raise ConfigError(f"max_images {max_images} and decode_batch {decode_batch} must be at least 1")
         self.generator = generator.eval()
@@ -79,12 +89,77 @@ class Pipeline:
         self.text_encoder = text_encoder
         self.dtype = dtype
         self.backend = backend
+        self.weight_format = weight_format
         self.max_images = max_images
         self.decode_batch = decode_batch
         self.memory_budget = memory_budget
         self._engine: Engine | None = None
         self._empty_caption: CaptionFeatures | None = None
         self._progress_bar_config: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
+        *,
+        text_encoder: str | os.PathLike[str] | TextEncoder | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        tokenizer_dtype: torch.dtype | None = None,
+        ema: bool = True,
+        backend: str = "auto",
+        weight_format: PackKind | None = None,
+        max_images: int = 8,
+        decode_batch: int = 8,
+        memory_budget: int | None = None,
+        **overrides: Any,
+    ) -> Pipeline:
+        """Opens a checkpoint of any published format, a converted folder, or ``org/name@revision`` on the hub.
+
+        Args:
+            path: the generator's file or folder; the tokenizer may be in it, or be named by it.
+            tokenizer: the tokenizer's file, where ``path`` does not lead to it, or a tokenizer.
+            text_encoder: folder or hub name of a Qwen3 or T5 encoder (the ``t2i`` extra), or an encoder.
+            device: where the models go; CPU by default.
+            dtype: the generator's; None keeps the file's.
+            tokenizer_dtype: the tokenizer's; None keeps the file's.
+            ema: EMA weights where the file has them.
+            **overrides: what the file does not say, such as ``image_size=384``; see
+                :class:`gear_engine.checkpoint.GeneratorOverrides` and ``TokenizerOverrides``.
+
+        Raises:
+            CheckpointError: a file is unreadable, incomplete or of another architecture.
+            ConfigError: the models do not fit each other, or an override is unknown.
+        """
+        for_generator, for_tokenizer = split_overrides(overrides)
+        generator, _ = open_generator(path, device, dtype, ema=ema, **for_generator)
+        if not isinstance(tokenizer, Tokenizer):
+            source = path if tokenizer is None else tokenizer
+            tokenizer, _ = open_tokenizer(source, device, tokenizer_dtype, ema=ema, **for_tokenizer)
+        if text_encoder is not None and not isinstance(text_encoder, TextEncoder):
+            length = generator.config.cls_token_num
+            text_encoder = load_text_encoder(text_encoder, max_length=length, device=device)
+        return cls(
+            generator,
+            tokenizer,
+            text_encoder,
+            backend=backend,
+            weight_format=weight_format,
+            max_images=max_images,
+            decode_batch=decode_batch,
+            memory_budget=memory_budget,
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Writes generator and tokenizer to a folder (config.json, safetensors) for :meth:`from_pretrained`.
+
+        The text encoder is not written: it is somebody else's model.
+
+        Raises:
+            CheckpointError: the folder is not empty and ``force`` is not given.
+        """
+        save_pretrained(folder, self.generator, self.tokenizer, force=force)
 
     @property
     def device(self) -> torch.device:
@@ -101,8 +176,12 @@ class Pipeline:
         self.tokenizer.to(device)
         if self.text_encoder is not None:
             self.text_encoder.model.to(device)
-        self._engine = self._empty_caption = None
+        self.invalidate()
         return self
+
+    def invalidate(self) -> None:
+        """Forgets what was read or computed from the models: to be called when their weights have changed."""
+        self._engine = self._empty_caption = None
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options of the tqdm progress bar, for example ``disable=True``."""
@@ -163,7 +242,7 @@ class Pipeline:
         )
         if prompt is not None:
             captions = self._encode(prompt, params.uses_guidance)
-        condition = _repeat(_labels(class_labels) if captions is None else captions, num_images_per_prompt)
+        condition = repeat(label_list(class_labels) if captions is None else captions, num_images_per_prompt)
         tokens = self._sample(condition, params, seeds, generator, callback_on_step_end)
         return PipelineOutput(self._decode(tokens, output_type), tokens)
 
@@ -192,13 +271,14 @@ class Pipeline:
         count = len(condition)
         if seeds is not None and generator is not None:
             raise InvalidRequestError("give seeds or a generator, not both")
-        keys = None if generator is not None else _seeds(seeds, count)
+        keys = None if generator is not None else seed_list(seeds, count)
         if self._engine is None:
             self._engine = Engine(
                 self.generator,
                 max_images=self.max_images,
                 dtype=self.dtype,
                 backend=self.backend,
+                weight_format=self.weight_format,
                 memory_budget=self.memory_budget,
             )
         engine = self._engine
@@ -217,7 +297,7 @@ class Pipeline:
 
                 parts.append(
                     engine.generate(
-                        _slice(condition, start, start + size),
+                        take(condition, start, start + size),
                         params,
                         rng="torch" if keys is None else "philox",
                         seeds=keys,
@@ -247,75 +327,3 @@ class Pipeline:
         if output_type == "pil":
             return [Image.fromarray(pixels) for pixels in joined.numpy()]
         return joined if output_type == "pt" else joined.permute(0, 2, 3, 1).float().cpu().numpy()
-
-
-def _check_fit(generator: Transformer, tokenizer: Tokenizer, text_encoder: TextEncoder | None) -> None:
-    config, codes = generator.config, tokenizer.config
-    if codes.num_codebooks != 1 or codes.codebook_size != config.vocab_size:
-        raise ConfigError(
-            f"the generator draws {config.vocab_size} codes, one per position; the tokenizer has "
-            f"{codes.codebook_size} in {codes.num_codebooks} group(s)"
-        )
-    if text_encoder is None:
-        return
-    if config.conditioning != "text":
-        raise ConfigError("a class-conditional generator takes no text encoder")
-    if (text_encoder.max_length, text_encoder.hidden_size) != (config.cls_token_num, config.caption_dim):
-        raise ConfigError(
-            f"the text encoder gives {text_encoder.max_length} x {text_encoder.hidden_size} states per caption, the "
-            f"generator takes {config.cls_token_num} x {config.caption_dim}"
-        )
-    if config.learned_uncond != (text_encoder.kind == "t5"):
-        raise ConfigError("LlamaGen's text models take T5 states, GEAR's a causal language model's")
-
-
-def _labels(labels: int | Sequence[int] | torch.Tensor | None) -> list[int]:
-    if isinstance(labels, torch.Tensor):
-        if labels.is_floating_point() or labels.dtype == torch.bool:
-            raise InvalidRequestError(f"class_labels must be integers, not {labels.dtype}")
-        labels = labels.reshape(-1).tolist()
-    return [labels] if isinstance(labels, int) else list(labels or ())
-
-
-def _repeat(condition: list[int] | TextCondition, times: int) -> list[int] | TextCondition:
-    if times == 1:
-        return condition
-    if isinstance(condition, list):
-        return [label for label in condition for _ in range(times)]
-
-    def repeat(tensor: torch.Tensor | None, batched_dim: int) -> torch.Tensor | None:
-        if tensor is None or tensor.dim() < batched_dim:
-            return tensor
-        return tensor.repeat_interleave(times, dim=0)
-
-    return TextCondition(
-        condition.states.repeat_interleave(times, dim=0),
-        repeat(condition.mask, 2),
-        repeat(condition.uncond_states, 3),
-        repeat(condition.uncond_mask, 2),
-    )
-
-
-def _slice(condition: list[int] | TextCondition, start: int, end: int) -> list[int] | TextCondition:
-    if isinstance(condition, list):
-        return condition[start:end]
-
-    def rows(tensor: torch.Tensor | None, batched_dim: int) -> torch.Tensor | None:
-        return tensor if tensor is None or tensor.dim() < batched_dim else tensor[start:end]
-
-    return TextCondition(
-        condition.states[start:end],
-        rows(condition.mask, 2),
-        rows(condition.uncond_states, 3),
-        rows(condition.uncond_mask, 2),
-    )
-
-
-def _seeds(seeds: int | Sequence[int] | None, count: int) -> list[int]:
-    if seeds is None:
-        drawn: list[int] = torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64).tolist()
-        return drawn
-    given = [seeds] if isinstance(seeds, int) else list(seeds)
-    if len(given) != count:
-        raise InvalidRequestError(f"{count} images need {count} seeds, got {len(given)}")
-    return given

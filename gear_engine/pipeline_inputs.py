@@ -1,0 +1,114 @@
+"""What a :class:`~gear_engine.pipeline.Pipeline` checks and arranges before it samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from gear_engine.checkpoint import GeneratorOverrides, TokenizerOverrides
+from gear_engine.errors import ConfigError, InvalidRequestError
+from gear_engine.models.condition import TextCondition
+from gear_engine.models.transformer import Transformer
+from gear_engine.text_encoders import TextEncoder
+from gear_engine.tokenizers import Tokenizer
+
+__all__ = ["check_fit", "label_list", "repeat", "seed_list", "split_overrides", "take"]
+
+
+def check_fit(generator: Transformer, tokenizer: Tokenizer, text_encoder: TextEncoder | None) -> None:
+    """Raises :class:`ConfigError` unless codes, captions and conditioning of the models belong together."""
+    config, codes = generator.config, tokenizer.config
+    if codes.num_codebooks != 1 or codes.codebook_size != config.vocab_size:
+        raise ConfigError(
+            f"the generator draws {config.vocab_size} codes, one per position; the tokenizer has "
+            f"{codes.codebook_size} in {codes.num_codebooks} group(s)"
+        )
+    if text_encoder is None:
+        return
+    if config.conditioning != "text":
+        raise ConfigError("a class-conditional generator takes no text encoder")
+    if (text_encoder.max_length, text_encoder.hidden_size) != (config.cls_token_num, config.caption_dim):
+        raise ConfigError(
+            f"the text encoder gives {text_encoder.max_length} x {text_encoder.hidden_size} states per caption, the "
+            f"generator takes {config.cls_token_num} x {config.caption_dim}"
+        )
+    if config.learned_uncond != (text_encoder.kind == "t5"):
+        raise ConfigError("LlamaGen's text models take T5 states, GEAR's a causal language model's")
+
+
+def label_list(labels: int | Sequence[int] | torch.Tensor | None) -> list[int]:
+    """Labels of any form as ints; their range is checked by the engine."""
+    if isinstance(labels, torch.Tensor):
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise InvalidRequestError(f"class_labels must be integers, not {labels.dtype}")
+        labels = labels.reshape(-1).tolist()
+    found = [labels] if isinstance(labels, int) else list(labels or ())
+    if not found:
+        raise InvalidRequestError("at least one label is needed")
+    return found
+
+
+def repeat(condition: list[int] | TextCondition, times: int) -> list[int] | TextCondition:
+    """Every condition ``times`` times, neighbours in the result."""
+    if times == 1:
+        return condition
+    if isinstance(condition, list):
+        return [label for label in condition for _ in range(times)]
+
+    def rows(tensor: torch.Tensor | None, batched_dim: int) -> torch.Tensor | None:
+        if tensor is None or tensor.dim() < batched_dim:
+            return tensor
+        return tensor.repeat_interleave(times, dim=0)
+
+    return TextCondition(
+        condition.states.repeat_interleave(times, dim=0),
+        rows(condition.mask, 2),
+        rows(condition.uncond_states, 3),
+        rows(condition.uncond_mask, 2),
+    )
+
+
+def take(condition: list[int] | TextCondition, start: int, end: int) -> list[int] | TextCondition:
+    """The conditions ``start`` to ``end``."""
+    if isinstance(condition, list):
+        return condition[start:end]
+
+    def rows(tensor: torch.Tensor | None, batched_dim: int) -> torch.Tensor | None:
+        return tensor if tensor is None or tensor.dim() < batched_dim else tensor[start:end]
+
+    return TextCondition(
+        condition.states[start:end],
+        rows(condition.mask, 2),
+        rows(condition.uncond_states, 3),
+        rows(condition.uncond_mask, 2),
+    )
+
+
+def seed_list(seeds: int | Sequence[int] | None, count: int) -> list[int]:
+    """One seed per image; without any they come from torch's global generator."""
+    if seeds is None:
+        drawn: list[int] = torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64).tolist()
+        return drawn
+    given = [seeds] if isinstance(seeds, int) else list(seeds)
+    if len(given) != count:
+        raise InvalidRequestError(f"{count} images need {count} seeds, got {len(given)}")
+    return given
+
+
+def split_overrides(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Overrides of the generator and of the tokenizer; one that both know goes to both.
+
+    Raises:
+        ConfigError: nobody knows an override.
+    """
+    generator, tokenizer = ({f.name for f in fields(kind)} for kind in (GeneratorOverrides, TokenizerOverrides))
+    for name in overrides:
+        if name not in generator | tokenizer:
+            raise ConfigError(f"unknown option {name!r}; a model's overrides are {sorted(generator | tokenizer)}")
+    return (
+        {name: value for name, value in overrides.items() if name in generator},
+        {name: value for name, value in overrides.items() if name in tokenizer},
+    )
