@@ -94,7 +94,8 @@ class Scheduler:
         """Drops every image, waiting or running."""
         self.waiting: deque[ScheduledImage] = deque()
         self.running: list[ScheduledImage] = []
-        self._free = list(range(2 * self.max_images))
+        self._released: list[int] = []
+        self._fresh = 0
         self._decoding: ScheduledBatch | None = None
 
     @property
@@ -117,10 +118,10 @@ class Scheduler:
             admitted.append(image)
         # Conditional rows first: images that start together then fill consecutive slots in the order of their rows.
         for image in admitted:
-            image.cond_slot = heapq.heappop(self._free)
+            image.cond_slot = self._take_slot()
         for image in admitted:
             if image.guided:
-                image.uncond_slot = heapq.heappop(self._free)
+                image.uncond_slot = self._take_slot()
         batches = []
         decoding = tuple(image for image in self.running if image.drawn > 0)
         if decoding:
@@ -129,6 +130,13 @@ class Scheduler:
         if starting:
             batches.append(self._batch(starting, is_prefill=True))
         return batches
+
+    def _take_slot(self) -> int:
+        """The lowest free slot. Two per image are enough: there are never more than ``max_images`` running."""
+        if self._released:
+            return heapq.heappop(self._released)
+        self._fresh += 1
+        return self._fresh - 1
 
     def _batch(self, images: tuple[ScheduledImage, ...], *, is_prefill: bool) -> ScheduledBatch:
         self._version += 1
@@ -147,7 +155,7 @@ class Scheduler:
             if image.finished:
                 self.running.remove(image)
                 finished.append(image)
-                heapq.heappush(self._free, image.cond_slot)
+                heapq.heappush(self._released, image.cond_slot)
                 self._release_uncond(image)
             elif not image.guided:
                 self._release_uncond(image)
@@ -156,6 +164,6 @@ class Scheduler:
     def _release_uncond(self, image: ScheduledImage) -> None:
         """Guidance has ended: the unconditional row leaves. The other rows stay where they are."""
         if image.uncond_slot is not None:
-            heapq.heappush(self._free, image.uncond_slot)
+            heapq.heappush(self._released, image.uncond_slot)
             image.uncond_slot = None
             self._decoding = None
