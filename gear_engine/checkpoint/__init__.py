@@ -16,7 +16,7 @@ from gear_engine.checkpoint.load import (
     read_tokenizer,
 )
 from gear_engine.checkpoint.pair import Pair, check_pair, load_pair, save_pretrained
-from gear_engine.runs.files import content_hash as checkpoint_hash
+from gear_engine.files import content_hash as checkpoint_hash
 
 __all__ = [
     "GeneratorOverrides",

@@ -24,7 +24,7 @@ from gear_engine.checkpoint.strict import check_names_and_shapes, expected_shape
 from gear_engine.config import GeneratorConfig, TokenizerConfig
 from gear_engine.errors import CheckpointError, ConfigError
 from gear_engine.models.transformer import Transformer
-from gear_engine.runs.files import write_atomic
+from gear_engine.files import write_atomic
 from gear_engine.tokenizers import build_tokenizer
 
 __all__ = ["CONFIG_FILE", "folder_parts", "prepare_folder", "read_generator", "read_tokenizer", "write_folder"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from gear_engine.runs.files import atomic_file
+from gear_engine.files import atomic_file
 
 __all__ = ["write_safetensors"]
 
