@@ -12,7 +12,7 @@ import torch
 
 from gear_engine.config import GeneratorConfig
 from gear_engine.errors import CheckpointError
-from gear_engine.ops.skinny_linear import PackedWeight, PackKind, Weight, pack
+from gear_engine.ops.skinny_linear import PackedWeight, PackKind, Weight, pack, packed_nbytes
 
 __all__ = ["BlockWeights", "GeneratorWeights", "expected_shapes"]
 
@@ -181,7 +181,7 @@ class GeneratorWeights:
             if not isinstance(weight, torch.Tensor):
                 continue
             if pack_kind is not None and name in LINEAR:
-                total += weight.numel() * (1 if pack_kind == "int8" else 2) + 4 * weight.shape[0]
+                total += packed_nbytes(*weight.shape, pack_kind)
             elif weight.dtype != dtype:
                 total += weight.numel() * dtype.itemsize
         return total

@@ -29,6 +29,7 @@ __all__ = [
     "PackedWeight",
     "Weight",
     "pack",
+    "packed_nbytes",
     "reference",
     "rms_norm",
     "skinny_linear",
@@ -84,6 +85,14 @@ def pack(weight: torch.Tensor, kind: PackKind) -> PackedWeight:
         data = _to_panels((full / safe[:, None]).round_().clamp_(-127, 127).to(torch.int8))
         return PackedWeight(kind, data, scales.contiguous(), out_features, in_features)
     raise ValueError(f"a weight packs as 'bf16' or 'int8', not {kind!r}")
+
+
+def packed_nbytes(out_features: int, in_features: int, kind: PackKind) -> int:
+    """Bytes of what :func:`pack` returns: whole panels of 16 columns and lines of 16 x 4 bytes, and the scales."""
+    width = 1 if kind == "int8" else 2
+    columns = -(-out_features // 16) * 16
+    inputs = -(-in_features // (64 // width)) * (64 // width)
+    return columns * inputs * width + (4 * out_features if kind == "int8" else 0)
 
 
 def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -1,0 +1,56 @@
+"""Layout, size and prefix entries of the static cache."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from gear_engine.config import GeneratorConfig
+from gear_engine.errors import ConfigError
+from gear_engine.kv_cache import StaticKVCache
+from tests.models_for_tests import CLASS
+
+
+@pytest.mark.parametrize(("max_tokens", "entries"), [(1, 8), (7, 8), (8, 16), (16, 24)])
+def test_layout(max_tokens: int, entries: int) -> None:
+    config = CLASS.replace(n_kv_head=2)
+    cache = StaticKVCache(config, 3, max_tokens, torch.bfloat16)
+    assert cache.kv.shape == (2, 2, 3, 2, entries, 12)
+    assert cache.kv.nbytes == StaticKVCache.nbytes(config, 3, max_tokens, torch.bfloat16)
+    keys, values = cache.layers[1]
+    assert keys.data_ptr() == cache.kv[1, 0].data_ptr()
+    assert values.data_ptr() == cache.kv[1, 1].data_ptr()
+    assert cache.rope.shape == (16, 6, 2)
+
+
+def test_prefixes_go_to_their_slots() -> None:
+    cache = StaticKVCache(CLASS, 4, 16)
+    values = torch.randn(2, 2, 4, 12)
+    cache.write_prefix(torch.tensor([3, 1]), values, torch.tensor([math.log(5), -math.inf]))
+    assert torch.equal(cache.kv[:, 1, 3, :, 0], values[:, 0])
+    assert torch.equal(cache.kv[:, 1, 1, :, 0], values[:, 1])
+    assert cache.prefix_bias.tolist() == [0.0, -math.inf, 0.0, pytest.approx(math.log(5))]
+    cache.kv[:, 1, [1, 3], :, 0] = 0
+    assert (cache.kv == 0).all()
+
+
+def test_prompt_length_costs_nothing() -> None:
+    text = CLASS.replace(conditioning="text", caption_dim=8, cls_token_num=300)
+    assert StaticKVCache.shape(text, 2, 16) == StaticKVCache.shape(CLASS, 2, 16)
+
+
+def test_rope_turns_rows_then_columns() -> None:
+    config = GeneratorConfig(dim=8, n_layer=1, n_head=1, block_size=9, vocab_size=5)
+    rope = StaticKVCache(config, 1, 9).rope
+    # Token 5 is row 1, column 2; frequencies 1 and 10000^(-1/2).
+    angles = torch.tensor([1.0, 0.01, 2.0, 0.02])
+    assert torch.allclose(rope[5], torch.stack((angles.cos(), angles.sin()), -1))
+
+
+def test_bad_sizes() -> None:
+    with pytest.raises(ConfigError, match="slot"):
+        StaticKVCache(CLASS, 0, 4)
+    with pytest.raises(ConfigError, match="block_size"):
+        StaticKVCache(CLASS, 1, 17)
