@@ -16,10 +16,10 @@ from gear_engine.models.transformer import Transformer
 from gear_engine.models.weights import GeneratorWeights
 from gear_engine.ops import GeneratorOps
 from gear_engine.ops.skinny_linear import PackKind
-from gear_engine.prefixes import PrefixEncoder, caption_condition, check_conditions
+from gear_engine.prefixes import PrefixEncoder, caption_condition, check_conditions, label_rows
 from gear_engine.request import ImageRequest, RngMode, SamplingParams, check_length, check_source
 from gear_engine.rows import RowTensors
-from gear_engine.runner import decode_step
+from gear_engine.runner import decode_step, prefill
 from gear_engine.sampler import Noise, TorchNoise
 from gear_engine.scheduler import ScheduledBatch, ScheduledImage, Scheduler
 
@@ -242,12 +242,13 @@ class Engine:
         """Logits (R, V) of image token 0, and the positions (B,) that they are for."""
         guided = [image.uncond_slot is not None for image in batch.images]
         conditions = [image.condition for image in batch.images]
+        first = torch.zeros_like(rows.cond_slots)
         if self.config.conditioning == "class":
-            state = self._prefixes.labels(self.weights, self.ops, conditions, sum(guided))
-        else:
-            state = self._prefixes.captions(self.weights, self.ops, conditions, guided)
+            prefixes = label_rows(conditions, sum(guided), self.weights)
+            return prefill(self.weights, self.ops, self.cache, rows.slots, prefixes), first
+        state = self._prefixes.captions(self.weights, self.ops, conditions, guided)
         self.cache.write_prefix(rows.slots, state.values, state.bias)
-        return state.logits, torch.zeros_like(rows.cond_slots)
+        return state.logits, first
 
     def _decode(self, batch: ScheduledBatch, rows: RowTensors) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (R, V) of every image's next token, and the positions (B,) that they are for."""

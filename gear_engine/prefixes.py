@@ -1,4 +1,4 @@
-"""The prefixes of a batch that starts: labels or captions, and the unconditional halves, computed once and reused."""
+"""The prefixes of a batch that starts: labels or captions, and their unconditional halves."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 
 from gear_engine.config import GeneratorConfig
 from gear_engine.errors import InvalidRequestError
-from gear_engine.models.condition import Condition, TextCondition, check_labels, class_rows, text_rows
+from gear_engine.models.condition import Condition, PrefixRows, TextCondition, check_labels, class_rows, text_rows
 from gear_engine.models.weights import GeneratorWeights
 from gear_engine.ops import GeneratorOps
 from gear_engine.request import ImageRequest, SamplingParams
 from gear_engine.runner import PrefixState, encode_prefix
 
-__all__ = ["Caption", "PrefixEncoder", "caption_condition", "check_conditions"]
+__all__ = ["Caption", "PrefixEncoder", "caption_condition", "check_conditions", "label_rows"]
 
 #: Prompt rows that go through the model at once: bounds the activations of a large batch of long captions.
 MAX_ROWS = 2048
@@ -85,8 +85,13 @@ def _key(states: torch.Tensor | None, mask: torch.Tensor | None) -> bytes:
     return digest.digest()
 
 
+def label_rows(labels: Sequence[int], guided: int, weights: GeneratorWeights) -> PrefixRows:
+    """A label per image, then the unconditional class ``guided`` times."""
+    return class_rows(torch.tensor([*labels, *[weights.config.num_classes] * guided], device=weights.device))
+
+
 class PrefixEncoder:
-    """Labels or captions -> prefix states, conditional ones first.
+    """Captions -> prefix states, conditional ones first.
 
     A null caption goes through the model once: all images and all calls share its state, until the weights change
     (:meth:`forget`). GEAR's models have one; LlamaGen's have one per caption mask.
@@ -98,11 +103,6 @@ class PrefixEncoder:
     def forget(self) -> None:
         """Drops the kept states: the weights have changed."""
         self._kept.clear()
-
-    def labels(self, weights: GeneratorWeights, ops: GeneratorOps, labels: list[int], guided: int) -> PrefixState:
-        """A label per image, then the unconditional class ``guided`` times."""
-        rows = torch.tensor(labels + [weights.config.num_classes] * guided, device=weights.device)
-        return encode_prefix(weights, ops, class_rows(rows))
 
     def captions(
         self, weights: GeneratorWeights, ops: GeneratorOps, captions: Sequence[Caption], guided: Sequence[bool]

@@ -181,7 +181,7 @@ class GeneratorWeights:
             if not isinstance(weight, torch.Tensor):
                 continue
             if pack_kind is not None and name in LINEAR:
-                total += packed_nbytes(*weight.shape, pack_kind)
+                total += packed_nbytes(weight.shape[0], weight.shape[1], pack_kind)
             elif weight.dtype != dtype:
                 total += weight.numel() * dtype.itemsize
         return total
