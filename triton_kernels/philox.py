@@ -12,20 +12,19 @@ import torch
 import triton
 import triton.language as tl
 
-from gear_engine.ops import philox as contract
-
-SQRT_HALF_BITS: tl.constexpr = tl.constexpr(contract.SQRT_HALF_BITS)
-LN2_HIGH: tl.constexpr = tl.constexpr(contract.LN2_HIGH)
-LN2_LOW: tl.constexpr = tl.constexpr(contract.LN2_LOW)
-C0: tl.constexpr = tl.constexpr(contract.LOG1P[0])
-C1: tl.constexpr = tl.constexpr(contract.LOG1P[1])
-C2: tl.constexpr = tl.constexpr(contract.LOG1P[2])
-C3: tl.constexpr = tl.constexpr(contract.LOG1P[3])
-C4: tl.constexpr = tl.constexpr(contract.LOG1P[4])
-C5: tl.constexpr = tl.constexpr(contract.LOG1P[5])
-C6: tl.constexpr = tl.constexpr(contract.LOG1P[6])
-C7: tl.constexpr = tl.constexpr(contract.LOG1P[7])
-C8: tl.constexpr = tl.constexpr(contract.LOG1P[8])
+# The constants of gear_engine.ops.philox, all exact in float32; the tests compare bits.
+SQRT_HALF_BITS: tl.constexpr = tl.constexpr(0x3F3504F3)
+LN2_HIGH: tl.constexpr = tl.constexpr(float.fromhex("0x1.6300000000000p-1"))
+LN2_LOW: tl.constexpr = tl.constexpr(float.fromhex("-0x1.bd01060000000p-13"))
+C0: tl.constexpr = tl.constexpr(float.fromhex("0x1.5555460000000p-2"))
+C1: tl.constexpr = tl.constexpr(float.fromhex("-0x1.0000000000000p-2"))
+C2: tl.constexpr = tl.constexpr(float.fromhex("0x1.99a5960000000p-3"))
+C3: tl.constexpr = tl.constexpr(float.fromhex("-0x1.555f6c0000000p-3"))
+C4: tl.constexpr = tl.constexpr(float.fromhex("0x1.23298e0000000p-3"))
+C5: tl.constexpr = tl.constexpr(float.fromhex("-0x1.fbac040000000p-4"))
+C6: tl.constexpr = tl.constexpr(float.fromhex("0x1.e73fb40000000p-4"))
+C7: tl.constexpr = tl.constexpr(float.fromhex("-0x1.e0f9ec0000000p-4"))
+C8: tl.constexpr = tl.constexpr(float.fromhex("0x1.16ed820000000p-4"))
 
 
 @triton.jit

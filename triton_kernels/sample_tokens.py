@@ -9,12 +9,16 @@ Runs under Triton's interpreter in the tests; not yet timed on a GPU.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
-from gear_engine.ops.sample_tokens import SamplingTable
 from gear_engine.triton_kernels.philox import exponential_noise
+
+if TYPE_CHECKING:
+    from gear_engine.ops.sample_tokens import SamplingTable
 
 
 @triton.jit

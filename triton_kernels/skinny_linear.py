@@ -16,8 +16,6 @@ import torch
 import triton
 import triton.language as tl
 
-from gear_engine.ops.skinny_linear import PackedWeight, Weight
-
 ROWS: tl.constexpr = tl.constexpr(16)
 
 
@@ -96,15 +94,15 @@ def _skinny_linear_kernel(
 
 def skinny_linear(
     x: torch.Tensor,
-    weight: Weight,
+    weight: torch.Tensor,
     *,
     norm_weight: torch.Tensor | None = None,
     norm_eps: float = 1e-5,
-    gate: Weight | None = None,
+    gate: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launches the kernel; the arguments were checked by :func:`gear_engine.ops.skinny_linear.skinny_linear`."""
-    if isinstance(weight, PackedWeight) or isinstance(gate, PackedWeight):
+    if not isinstance(weight, torch.Tensor) or not (gate is None or isinstance(gate, torch.Tensor)):
         raise ValueError("the triton backend multiplies by plain weights; packed ones are the cpu backend's")
     operands = [x, weight, *(t for t in (gate, residual) if t is not None)]
     if any(t.stride(-1) != 1 for t in operands):

@@ -27,7 +27,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 
-from gear_engine.ops import backends, native
+from gear_engine.ops import backends, native, triton_backend
 
 __all__ = ["Metric", "codebook_quantize", "reference"]
 
@@ -148,13 +148,29 @@ def _cuda(z: torch.Tensor, codebook: torch.Tensor, metric: Metric) -> tuple[torc
     return indices, quantized
 
 
+def _triton(z: torch.Tensor, codebook: torch.Tensor, metric: Metric) -> tuple[torch.Tensor, torch.Tensor]:
+    z, z_norm = _prepared(z, metric)
+    codebook, code_norm = _prepared(codebook, metric)
+    kernel = triton_backend.kernel("codebook_quantize")
+    indices: torch.Tensor = kernel(z, z_norm, codebook, code_norm, metric == "inner_product")
+    return indices, codebook[indices]
+
+
 backends.register("codebook_quantize", "reference", lambda: reference)
-for _backend, _function in (("cpu", _cpu), ("cuda", _cuda)):
-    backends.register(
-        "codebook_quantize",
-        _backend,
-        lambda function=_function: function,
-        devices=frozenset({_backend}),
-        dtypes=frozenset({torch.float32}),
-        unavailable=lambda backend=_backend: native.unavailable(f"codebook_quantize_{backend}"),  # type: ignore[misc]
-    )
+triton_backend.register("codebook_quantize", frozenset({torch.float32}), load=lambda: _triton)
+backends.register(
+    "codebook_quantize",
+    "cpu",
+    lambda: _cpu,
+    devices=frozenset({"cpu"}),
+    dtypes=frozenset({torch.float32}),
+    unavailable=lambda: native.unavailable("codebook_quantize_cpu"),
+)
+backends.register(
+    "codebook_quantize",
+    "cuda",
+    lambda: _cuda,
+    devices=frozenset({"cuda"}),
+    dtypes=frozenset({torch.float32}),
+    unavailable=lambda: native.unavailable("codebook_quantize_cuda"),
+)

@@ -16,7 +16,7 @@ import torch
 
 from gear_engine.ops import backends
 
-__all__ = ["FLOATS", "register"]
+__all__ = ["FLOATS", "kernel", "register"]
 
 FLOATS: Final = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _INTERPRETED: Final = os.environ.get("TRITON_INTERPRET") == "1"
@@ -28,12 +28,17 @@ def _unavailable() -> str | None:
     return None
 
 
-def register(op: str, dtypes: frozenset[torch.dtype] = FLOATS) -> None:
-    """Registers backend ``"triton"`` for ``op``; the kernel's module is imported when it is first asked for."""
+def kernel(op: str) -> Callable[..., Any]:
+    """``gear_engine.triton_kernels.<op>.<op>``; imported when it is first asked for."""
+    function: Callable[..., Any] = getattr(importlib.import_module(f"gear_engine.triton_kernels.{op}"), op)
+    return function
 
-    def load() -> Callable[..., Any]:
-        function: Callable[..., Any] = getattr(importlib.import_module(f"gear_engine.triton_kernels.{op}"), op)
-        return function
 
+def register(
+    op: str, dtypes: frozenset[torch.dtype] = FLOATS, *, load: Callable[[], Callable[..., Any]] | None = None
+) -> None:
+    """Registers backend ``"triton"`` for ``op``: its kernel's launcher, or what ``load`` returns."""
     devices = frozenset({"cuda", "cpu"}) if _INTERPRETED else frozenset({"cuda"})
-    backends.register(op, "triton", load, devices=devices, dtypes=dtypes, unavailable=_unavailable)
+    backends.register(
+        op, "triton", load or (lambda: kernel(op)), devices=devices, dtypes=dtypes, unavailable=_unavailable
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gear_engine.ops import decode_attention, philox, sample_tokens, skinny_linear
+from gear_engine.ops import codebook_quantize, decode_attention, philox, sample_tokens, skinny_linear
 from gear_engine.ops.backends import resolve
 from gear_engine.ops.sample_tokens import SamplingTable
 from gear_engine.request import SamplingParams
@@ -123,3 +123,24 @@ def test_top_k_keeps_all_ties() -> None:
     noise = torch.ones(1, 64, device=DEVICE)
     noise[0, 40] = 1e-6  # the third largest is 0.5: the zeros are gone
     assert sample_tokens.sample_tokens(logits, table, noise=noise, backend="triton").item() in (10, 20, 21)
+
+
+@pytest.mark.parametrize("metric", ["l2", "l2_normalized", "inner_product"])
+@pytest.mark.parametrize(("rows", "codes", "width"), [(33, 300, 8), (5, 129, 14), (1, 7, 1), (0, 4, 3)])
+def test_codebook_quantize(rows: int, codes: int, width: int, metric: codebook_quantize.Metric) -> None:
+    z, codebook = torch.randn(rows, width, device=DEVICE), torch.randn(codes, width, device=DEVICE)
+    if metric == "l2_normalized" and width == 1:
+        z, codebook = z.abs(), codebook.abs()  # every code is then the same point: the lowest index wins
+    indices, quantized = codebook_quantize.codebook_quantize(z, codebook, metric, backend="triton")
+    expected_indices, expected = codebook_quantize.reference(z, codebook, metric)
+    assert torch.equal(indices, expected_indices)
+    assert torch.equal(quantized, expected)
+
+
+def test_codebook_quantize_takes_the_lowest_of_equal_codes() -> None:
+    codebook = torch.tensor([[3.0, 1.0], [1.0, 2.0], [1.0, 2.0]], device=DEVICE).repeat(100, 1)
+    z = torch.tensor([[1.0, 2.0], [3.0, 0.0]], device=DEVICE)
+    for metric in ("l2", "inner_product"):
+        indices, _ = codebook_quantize.codebook_quantize(z, codebook, metric, backend="triton")
+        assert indices.tolist() == codebook_quantize.reference(z, codebook, metric)[0].tolist()
+    assert codebook_quantize.codebook_quantize(z, codebook, "l2", backend="triton")[0].tolist() == [1, 0]
