@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gear_engine.errors import InvalidRequestError, ResumeMismatchError
+from gear_engine.files import remove_temporaries
 from gear_engine.request import SamplingParams
 from gear_engine.runs import record
-from gear_engine.runs.files import remove_temporaries
 from gear_engine.runs.npz import write_npz
 from gear_engine.runs.png import png_size, read_png, write_png
 from gear_engine.runs.states import GeneratorStates

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from gear_engine.runs.files import atomic_file
+from gear_engine.files import atomic_file
 
 __all__ = ["write_npz"]
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from gear_engine.runs.files import write_atomic
+from gear_engine.files import write_atomic
 
 __all__ = ["png_size", "read_png", "write_png"]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gear_engine.errors import ResumeMismatchError
-from gear_engine.runs.files import write_atomic
+from gear_engine.files import write_atomic
 
 __all__ = ["Settings", "check_or_write", "first_difference", "read_record"]
 
@@ -22,9 +23,11 @@ _ABSENT = "nothing"
 def first_difference(recorded: Settings, asked: Settings) -> tuple[str, Any, Any] | None:
     """(name, recorded value, asked value) of the first setting that differs, or None.
 
-    Under ``rng = "philox"`` an image depends on neither batch nor number of processes, so those may differ.
+    Names of nested settings are joined by dots. Under ``rng = "philox"`` an image depends on neither batch nor number
+    of processes, so those may differ.
     """
     independent = recorded.get("rng") == asked.get("rng") == "philox"
+    recorded, asked = dict(_flat(recorded)), dict(_flat(asked))
     for name in [*asked, *(n for n in recorded if n not in asked)]:
         if independent and name in _FREE_UNDER_PHILOX:
             continue
@@ -32,6 +35,14 @@ def first_difference(recorded: Settings, asked: Settings) -> tuple[str, Any, Any
         if old != new:
             return name, old, new
     return None
+
+
+def _flat(settings: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def read_record(path: Path) -> tuple[Settings, dict[str, Any]] | None:

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from gear_engine.runs.files import remove_temporaries, write_atomic
+from gear_engine.files import remove_temporaries, write_atomic
 
-__all__ = ["GeneratorLike", "GeneratorStates"]
+if TYPE_CHECKING:
+    import torch
 
-
-class GeneratorLike(Protocol):
-    """The part of ``torch.Generator`` that is needed here."""
-
-    def get_state(self) -> object: ...
-
-    def set_state(self, new_state: object) -> object: ...
+__all__ = ["GeneratorStates"]
 
 
 class GeneratorStates:
@@ -28,7 +23,7 @@ class GeneratorStates:
         generator: a ``torch.Generator`` as it is before batch 0.
     """
 
-    def __init__(self, folder: Path, rank: int, generator: GeneratorLike) -> None:
+    def __init__(self, folder: Path, rank: int, generator: torch.Generator) -> None:
         self._folder = folder
         self._rank = rank
         self._generator = generator
@@ -74,12 +69,12 @@ class GeneratorStates:
             folder.rmdir()
 
 
-def _to_bytes(generator: GeneratorLike) -> bytes:
-    state: bytes = generator.get_state().numpy().tobytes()  # type: ignore[attr-defined]
+def _to_bytes(generator: torch.Generator) -> bytes:
+    state: bytes = generator.get_state().numpy().tobytes()
     return state
 
 
-def _from_bytes(generator: GeneratorLike, state: bytes) -> None:
+def _from_bytes(generator: torch.Generator, state: bytes) -> None:
     import torch
 
     generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))

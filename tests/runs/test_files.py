@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from gear_engine.errors import CheckpointError
-from gear_engine.runs.files import atomic_file, content_hash, remove_temporaries, write_atomic
+from gear_engine.files import atomic_file, content_hash, remove_temporaries, write_atomic
 from gear_engine.runs.npz import write_npz
 from gear_engine.runs.png import png_size, read_png, write_png
 

@@ -39,7 +39,7 @@ def test_the_record_is_written_once_and_compared(tmp_path: Path) -> None:
     [
         ({"seed": 1}, "seed = 0, this run asks for 1"),
         ({"cfg_scale": 1.5}, "cfg_scale = 4.0"),
-        ({"checkpoint": {"sha256": "cd"}}, "checkpoint"),
+        ({"checkpoint": {"sha256": "cd"}}, 'checkpoint.sha256 = "ab", this run asks for "cd"'),
         ({"rng": "torch"}, "rng"),
         ({"new_setting": 1}, "new_setting"),
     ],

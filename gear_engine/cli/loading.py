@@ -1,0 +1,95 @@
+"""From the flags to models: which file, which weights, which overrides."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from gear_engine.checkpoint import Source
+    from gear_engine.cli.sampling import Plan
+    from gear_engine.models.transformer import Transformer
+    from gear_engine.tokenizers import Tokenizer
+
+__all__ = ["Models", "load_models", "load_tokenizer_alone", "named_text_encoder"]
+
+_GENERATOR_FLAGS = (
+    "ar_model",
+    "image_size",
+    "downsample_ratio",
+    "n_head",
+    "num_classes",
+    "codebook_size",
+    "cls_token_num",
+    "text_attn",
+)
+_TOKENIZER_FLAGS = ("vq_model", "codebook_size", "codebook_embed_dim", "downsample_ratio")
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a sampling command runs, and where the weights came from."""
+
+    generator: Transformer
+    tokenizer: Tokenizer
+    generator_source: Source
+    tokenizer_source: Source
+
+    @property
+    def image_size(self) -> int:
+        """Edge of the generated images in pixels."""
+        return self.generator.config.grid_size * self.tokenizer.config.downsample
+
+
+def load_models(plan: Plan) -> Models:
+    """Loads the generator and its tokenizer onto the process's device, and says which weights they are.
+
+    Raises:
+        CheckpointError: a file is unreadable, incomplete, contradicts a flag, or the two do not fit each other.
+    """
+    from gear_engine.checkpoint import check_pair, open_generator, open_tokenizer
+    from gear_engine.cli.environment import dtype_of
+    from gear_engine.cli.sampling import log
+
+    args = plan.args
+    generator, generator_source = open_generator(
+        args.ckpt_path,
+        plan.device,
+        dtype_of(args.dtype),
+        ema=args.use_ar_ema,
+        **_given(args, _GENERATOR_FLAGS),
+    )
+    tokenizer, tokenizer_source = open_tokenizer(
+        args.vq_ckpt_path or args.ckpt_path,
+        plan.device,
+        dtype_of(args.decode_dtype),
+        ema=args.use_vq_ema,
+        **_given(args, _TOKENIZER_FLAGS),
+    )
+    check_pair(generator.config, tokenizer.config)
+    log(plan.world, f"generator: {generator_source}")
+    log(plan.world, f"tokenizer: {tokenizer_source}")
+    return Models(generator.eval(), tokenizer.eval(), generator_source, tokenizer_source)
+
+
+def load_tokenizer_alone(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Tokenizer:
+    """The tokenizer of ``--tokenizer``."""
+    from gear_engine.checkpoint import load_tokenizer
+
+    return load_tokenizer(args.tokenizer, device, dtype, ema=args.use_vq_ema, **_given(args, ("vq_model",))).eval()
+
+
+def named_text_encoder(args: argparse.Namespace) -> str | None:
+    """``--text-encoder``, or what the checkpoint's own arguments name."""
+    from gear_engine.checkpoint import checkpoint_args
+    from gear_engine.hub import local_path
+
+    name = args.text_encoder or checkpoint_args(local_path(args.ckpt_path)).get("text_encoder")
+    return name if isinstance(name, str) and name else None
+
+
+def _given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}

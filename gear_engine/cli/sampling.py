@@ -1,0 +1,281 @@
+"""What ``sample`` and ``sample-t2i`` share: one checkpoint, one source of images, one run folder per guidance scale."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from gear_engine.cli.environment import parse_backend, pick_device, versions
+from gear_engine.cli.progress import Progress
+from gear_engine.errors import InvalidRequestError
+from gear_engine.files import content_hash
+from gear_engine.request import SamplingParams
+from gear_engine.runs.batches import strided
+from gear_engine.runs.folder import RunFolder, experiment_name, sampling_tag, step_tag
+from gear_engine.runs.loop import DrawImages, sample_in_order, sample_independent
+from gear_engine.runs.record import Settings
+from gear_engine.runs.seeds import image_seed
+from gear_engine.runs.states import GeneratorStates
+from gear_engine.runs.world import World
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from gear_engine.cli.loading import Models
+    from gear_engine.engine import Engine
+
+__all__ = ["Plan", "Source", "build_engine", "log", "make_plan", "sample_all"]
+
+
+class Source(Protocol):
+    """What a command samples from."""
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+
+    def settings(self) -> Settings:
+        """What decides the conditions, for ``run.json``; asked on the main process."""
+
+    def ordered_batches(self, world: World, batch: int) -> list[list[int]]:
+        """The official batches of this process; numbers from ``count`` on are drawn and dropped."""
+
+    def torch_seed(self, seed: int, world: World) -> int:
+        """Seed of the official token generator of this process."""
+
+    def condition(self, indices: Sequence[int]) -> Any:
+        """Labels or captions of the images ``indices``, as :meth:`Engine.generate` takes them."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The flags of a sampling command, checked; ``device`` is this process's."""
+
+    args: argparse.Namespace
+    world: World
+    device: torch.device
+    scales: list[SamplingParams]
+    decode_batch: int
+
+    @property
+    def batch(self) -> int:
+        return int(self.args.per_proc_batch_size)
+
+    def folder(self, params: SamplingParams) -> Path:
+        """``OUTPUT_DIR/EXPERIMENT/STEP/SAMPLING``."""
+        checkpoint = self.args.ckpt_path
+        experiment = self.args.exp_name or experiment_name(checkpoint)
+        return Path(self.args.output_dir) / experiment / step_tag(checkpoint) / sampling_tag(params, self.args.tag)
+
+
+def log(world: World, message: str) -> None:
+    """Prints ``message`` once per run."""
+    if world.is_main:
+        print(message, flush=True)
+
+
+def make_plan(args: argparse.Namespace, world: World) -> Plan:
+    """Checks the flags before anything is read.
+
+    Raises:
+        InvalidRequestError: a setting is out of its range.
+        ConfigError: the device is not there.
+    """
+    scales = [
+        SamplingParams(
+            cfg_scale=scale,
+            cfg_interval=args.cfg_interval,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+        )
+        for scale in args.cfg_scale
+    ]
+    tags = [sampling_tag(params) for params in scales]
+    if len(set(tags)) < len(tags):
+        raise InvalidRequestError(f"--cfg-scale gives the same folder twice: {', '.join(tags)}")
+    for flag in ("per_proc_batch_size", "decode_batch", "image_size", "image_size_eval"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise InvalidRequestError(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
+    if not 0 <= args.seed < 2**48:
+        raise InvalidRequestError(f"--seed must lie in [0, 2**48), got {args.seed}")
+    if not (args.keep_pngs or args.pack_npz):
+        raise InvalidRequestError("--no-keep-pngs together with --no-pack-npz would keep nothing")
+    device = pick_device(args.device, world)
+    as_officially = device.type == "cuda" and args.rng == "torch"
+    return Plan(args, world, device, scales, args.decode_batch or (args.per_proc_batch_size if as_officially else 1))
+
+
+def build_engine(plan: Plan, models: Models) -> Engine:
+    """The engine for all scales.
+
+    Raises:
+        BackendUnavailableError: ``--backend`` cannot run here.
+        OutOfMemoryError: the batch does not fit; nothing was allocated.
+    """
+    from gear_engine.engine import Engine
+
+    _set_arithmetic(plan)
+    return Engine(models.generator, max_images=plan.batch, backend=parse_backend(plan.args.backend))
+
+
+def sample_all(plan: Plan, models: Models, engine: Engine, source: Source) -> int:
+    """Samples one folder per guidance scale; the exit status.
+
+    Everything that can be refused is refused before the first image: the settings are compared with every folder's
+    ``run.json``.
+    """
+    world, args = plan.world, plan.args
+    image_size = models.image_size
+    written_size = args.image_size_eval or image_size
+    environment = {**versions(), "device": _device_name(plan.device)}
+    folders = [RunFolder(plan.folder(params), source.count, written_size) for params in plan.scales]
+
+    def check_folders() -> tuple[list[Settings], list[str]]:
+        every = _settings(plan, models, source)
+        notes = [note for folder, one in zip(folders, every, strict=True) for note in folder.check(one, environment)]
+        return every, notes
+
+    every, notes = world.share(check_folders)
+    for line in notes:
+        log(world, f"note: the folder was begun in another environment ({line})")
+    if written_size != image_size:
+        log(
+            world,
+            f"note: images are resized from {image_size} to {written_size} pixels (bicubic); "
+            f"--image-size-eval {image_size} keeps them as generated",
+        )
+    for params, folder, settings in zip(plan.scales, folders, every, strict=True):
+        draw = _Draw(plan, models, source, params, engine)
+        _sample_one(plan, source, folder, draw, partial(folder.open, settings, environment))
+    return 0
+
+
+def _sample_one(plan: Plan, source: Source, folder: RunFolder, draw: _Draw, open_folder: Callable[[], None]) -> None:
+    """One folder: the images of this process, then on the main one the npz."""
+    world, args = plan.world, plan.args
+    log(world, f"{folder.path}")
+    if world.share(folder.npz.exists):
+        log(world, "samples.npz is there already: nothing to do (remove it, or choose another --tag, to sample again)")
+    else:
+        world.share(open_folder)
+        share = strided(source.count, world.size, world.rank)
+        label = f"sample (process 0 of {world.size})" if world.size > 1 else "sample"
+        with Progress(len(share), label, visible=world.is_main) as progress:
+            draw.on_token = progress.token
+            if args.rng == "philox":
+                sample_independent(folder, share, plan.batch, draw, progress.images)
+            else:
+                states = GeneratorStates(folder.states, world.rank, draw.generator)
+                sample_in_order(folder, source.ordered_batches(world, plan.batch), draw, states, progress.images)
+        world.wait()
+    if world.is_main:
+        if args.pack_npz and not folder.npz.exists():
+            folder.pack()
+            log(world, f"{folder.npz}")
+        folder.tidy(keep_pngs=args.keep_pngs)
+
+
+class _Draw(DrawImages):
+    """Tokens by the engine, pixels by the tokenizer."""
+
+    def __init__(self, plan: Plan, models: Models, source: Source, params: SamplingParams, engine: Engine) -> None:
+        import torch
+
+        self._plan = plan
+        self._models = models
+        self._source = source
+        self._params = params
+        self._engine = engine
+        self.on_token: Callable[..., None] | None = None
+        seed = source.torch_seed(plan.args.seed, plan.world)
+        #: The stream of torch's global generator after ``torch.manual_seed(seed)``, without touching that one.
+        self.generator = torch.Generator(device=plan.device).manual_seed(seed)
+
+    def __call__(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        import torch
+
+        with torch.no_grad():
+            tokens = self._tokens(indices)
+            parts = [self._pixels(part) for part in torch.split(tokens, self._plan.decode_batch)]
+            images: NDArray[np.uint8] = torch.cat(parts).numpy()
+            return images
+
+    def _tokens(self, indices: Sequence[int]) -> torch.Tensor:
+        args = self._plan.args
+        condition = self._source.condition(indices)
+        if args.rng == "torch":
+            return self._engine.generate(
+                condition, self._params, rng="torch", generator=self.generator, callback=self.on_token
+            )
+        seeds = [image_seed(args.seed, index) for index in indices]
+        return self._engine.generate(condition, self._params, rng="philox", seeds=seeds, callback=self.on_token)
+
+    def _pixels(self, tokens: torch.Tensor) -> torch.Tensor:
+        from gear_engine.tokenizers import resize, to_uint8
+
+        tokenizer, size = self._models.tokenizer, self._models.image_size
+        shape = tokenizer.latent_shape(len(tokens), size, size)
+        images = tokenizer.decode_code(tokens, shape)
+        written = self._plan.args.image_size_eval or size
+        return to_uint8(resize(images.float(), written)).cpu()
+
+
+def _set_arithmetic(plan: Plan) -> None:
+    import torch
+
+    if plan.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = plan.args.tf32
+        torch.backends.cudnn.allow_tf32 = plan.args.tf32
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+
+
+def _device_name(device: torch.device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _settings(plan: Plan, models: Models, source: Source) -> list[Settings]:
+    """What ``run.json`` records, one per guidance scale."""
+    args = plan.args
+    generator_hash = content_hash(Path(models.generator_source.path))
+    same_file = models.tokenizer_source.path == models.generator_source.path
+    tokenizer_hash = generator_hash if same_file else content_hash(Path(models.tokenizer_source.path))
+    common = {
+        "command": args.command,
+        "checkpoint": {
+            "sha256": generator_hash,
+            "ema": models.generator_source.is_ema,
+            **models.generator.config.to_dict(),
+        },
+        "tokenizer": {
+            "sha256": tokenizer_hash,
+            "ema": models.tokenizer_source.is_ema,
+            **models.tokenizer.config.to_dict(),
+        },
+        **source.settings(),
+        "num_images": source.count,
+        "seed": args.seed,
+        "rng": args.rng,
+        "dtype": args.dtype,
+        "decode_dtype": args.decode_dtype,
+        "decode_batch": plan.decode_batch,
+        "device": plan.device.type,
+        "tf32": args.tf32 if plan.device.type == "cuda" else None,
+        "backend": args.backend,
+        "world_size": plan.world.size,
+        "per_proc_batch_size": plan.batch,
+        "image_size": models.image_size,
+        "image_size_eval": args.image_size_eval or models.image_size,
+    }
+    return [{**common, "sampling": dataclasses.asdict(params)} for params in plan.scales]
