@@ -1,0 +1,154 @@
+"""The house as design has it: who may import whom, and one name per op in every place."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gear_engine import ops
+from gear_engine.bench import registry
+
+ROOT = Path(__file__).resolve().parent.parent
+
+#: Rooms from the bottom up: a room may import rooms of lower floors, and itself. A new module needs a floor here.
+FLOORS: tuple[frozenset[str], ...] = (
+    frozenset({"errors", "_C"}),
+    frozenset({"config", "files", "request"}),
+    frozenset({"scheduler"}),
+    frozenset({"ops"}),
+    # Above ops for the types of its contracts; ops loads a Triton kernel by name when it is chosen.
+    frozenset({"triton_kernels"}),
+    frozenset({"models", "metrics", "text_encoders"}),
+    frozenset({"kv_cache"}),
+    frozenset({"memory", "sampler"}),
+    frozenset({"runner", "rows"}),
+    frozenset({"cuda_graph", "prefixes", "tokenizers"}),
+    frozenset({"checkpoint"}),
+    frozenset({"engine"}),
+    frozenset({"foreign_modules", "hub", "runs"}),
+    frozenset({"compat", "pipeline_inputs", "report"}),
+    frozenset({"pipeline"}),
+    frozenset({"training"}),
+    frozenset({"bench"}),
+    frozenset({"cli"}),
+    frozenset({"__init__"}),
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+#: Rooms that plan or describe, and so know no device.
+WITHOUT_TORCH = frozenset({"errors", "config", "request", "scheduler"})
+#: Modules of ops/ that are no op.
+OPS_HELPERS = frozenset({"__init__", "backends", "native", "triton_backend"})
+#: Functions that several kernels share, with a reference and a test of their own but no backend to choose.
+SHARED_FUNCTIONS = frozenset({"philox"})
+
+
+def python_files() -> Iterator[tuple[str, Path]]:
+    """(room, file) of everything that is installed."""
+    for path in sorted((ROOT / "gear_engine").rglob("*.py")):
+        yield path.relative_to(ROOT / "gear_engine").parts[0].removesuffix(".py"), path
+    for room in ("bench", "triton_kernels"):
+        for path in sorted((ROOT / room).rglob("*.py")):
+            yield room, path
+
+
+def imported_names(path: Path) -> set[str]:
+    """Absolute dotted names of all imports in a file, also those inside functions, but not those for typing only."""
+    tree = ast.parse(path.read_text(), str(path))
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the absolute name"
+            names.add(str(node.module))
+            if node.module == "gear_engine":
+                names |= {f"gear_engine.{alias.name}" for alias in node.names}
+    return names
+
+
+def rooms_of(names: set[str]) -> set[str]:
+    return {name.split(".")[1] for name in names if name.startswith("gear_engine.")}
+
+
+def test_every_module_has_a_floor() -> None:
+    unknown = {room for room, _ in python_files()} - set(FLOOR_OF)
+    assert not unknown, f"give {sorted(unknown)} a floor in {Path(__file__).name}"
+
+
+def test_imports_go_down() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {other}"
+        for room, path in python_files()
+        for other in rooms_of(imported_names(path))
+        if other in FLOOR_OF and other != room and FLOOR_OF[other] >= FLOOR_OF.get(room, 99)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_rooms_that_know_no_device_import_no_torch() -> None:
+    wrong = [
+        str(path.relative_to(ROOT))
+        for room, path in python_files()
+        if room in WITHOUT_TORCH and any(name.split(".")[0] == "torch" for name in imported_names(path))
+    ]
+    assert not wrong
+
+
+def test_kernels_include_no_torch_header() -> None:
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".h", ".cu", ".cuh"}]
+    assert sources
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path in sources
+        if re.search(r"#include\s*[<\"](torch|ATen|c10)/", path.read_text())
+    ]
+    assert not wrong
+
+
+def test_the_source_list_is_complete() -> None:
+    listed = set(re.findall(r"^\s+((?:cpu|cuda|common)/\S+\.(?:cpp|cu))$", (ROOT / "CMakeLists.txt").read_text(), re.M))
+    present = {str(path.relative_to(ROOT / "csrc")) for path in (ROOT / "csrc").rglob("*.c*") if path.suffix != ".cuh"}
+    assert listed == present - {"bindings.cpp"}
+
+
+def op_modules() -> list[str]:
+    names = {path.stem for path in (ROOT / "gear_engine" / "ops").glob("*.py")}
+    return sorted(names - OPS_HELPERS - SHARED_FUNCTIONS)
+
+
+@pytest.mark.parametrize("op", op_modules())
+def test_an_op_has_one_name_in_every_place(op: str) -> None:
+    found = ops.backends.implementations(op)
+    assert "reference" in found, "no reference"
+    assert set(found) - {"reference"}, "no implementation beside the reference"
+    for backend, place in (
+        ("cpu", f"csrc/cpu/{op}.cpp"),
+        ("cuda", f"csrc/cuda/{op}.cu"),
+        ("triton", f"triton_kernels/{op}.py"),
+    ):
+        assert (backend in found) == (ROOT / place).is_file(), f"{place} and the {backend!r} backend go together"
+    assert (ROOT / "tests" / "ops" / f"test_{op}.py").is_file(), "no test"
+    assert (ROOT / "bench" / f"{op}.py").is_file() or op in registry.benchmarks(), "no benchmark"
+
+
+def test_no_orphan() -> None:
+    """No kernel and no op test without its op."""
+    known = set(op_modules()) | SHARED_FUNCTIONS
+    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "ops").glob("test_*.py")}
+    assert tests - known <= {"triton_kernels", "backends", "native"}
+    triton = {path.stem for path in (ROOT / "triton_kernels").glob("*.py")} - {"__init__"}
+    assert triton <= known
+    cuda = {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    assert cuda <= known
