@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from gear_engine.checkpoint.contents import checkpoint_args, checkpoint_parts
+from gear_engine.checkpoint.conversion import Conversion, convert
 from gear_engine.checkpoint.infer_generator import GeneratorOverrides
 from gear_engine.checkpoint.infer_tokenizer import TokenizerOverrides
 from gear_engine.checkpoint.load import (
@@ -19,6 +21,7 @@ from gear_engine.checkpoint.pair import Pair, check_pair, load_pair, save_pretra
 from gear_engine.files import content_hash as checkpoint_hash
 
 __all__ = [
+    "Conversion",
     "GeneratorOverrides",
     "Pair",
     "ReadGenerator",
@@ -26,7 +29,10 @@ __all__ = [
     "Source",
     "TokenizerOverrides",
     "check_pair",
+    "checkpoint_args",
     "checkpoint_hash",
+    "checkpoint_parts",
+    "convert",
     "load_generator",
     "load_pair",
     "load_tokenizer",

@@ -23,11 +23,11 @@ from gear_engine.checkpoint.safetensors_file import write_safetensors
 from gear_engine.checkpoint.strict import check_names_and_shapes, expected_shapes, finisher
 from gear_engine.config import GeneratorConfig, TokenizerConfig
 from gear_engine.errors import CheckpointError, ConfigError
-from gear_engine.models.transformer import Transformer
 from gear_engine.files import write_atomic
+from gear_engine.models.transformer import Transformer
 from gear_engine.tokenizers import build_tokenizer
 
-__all__ = ["CONFIG_FILE", "folder_parts", "prepare_folder", "read_generator", "read_tokenizer", "write_folder"]
+__all__ = ["CONFIG_FILE", "check_target", "folder_parts", "read_generator", "read_tokenizer", "write_folder"]
 
 CONFIG_FILE = "config.json"
 _FORMAT, _VERSION = "gear_engine", 1
@@ -36,21 +36,21 @@ _MAX_CONFIG = 1 << 20
 Model = tuple[GeneratorConfig | TokenizerConfig, Mapping[str, torch.Tensor], Mapping[str, Any]]
 
 
-def prepare_folder(folder: Path, *, force: bool) -> None:
-    """Makes the folder; one that has something in it is refused unless ``force``.
+def check_target(folder: Path, *, force: bool) -> None:
+    """Refuses a target that is a file, or not empty unless ``force``; writes nothing.
 
     Raises:
-        CheckpointError: it is a file, or not empty.
+        CheckpointError: with what to do.
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give a folder to write to")
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise CheckpointError(f"{folder} is not empty; choose another folder, or force it to overwrite the model there")
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_folder(folder: Path, models: Mapping[str, Model]) -> dict[str, Any]:
     """Writes ``{"generator": (config, state, source), "tokenizer": …}``; returns what config.json says."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).unlink(missing_ok=True)  # Until all is written it is no model.
     description: dict[str, Any] = {"format": _FORMAT, "version": _VERSION}
     for kind in ("generator", "tokenizer"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gear_engine.checkpoint.folder import prepare_folder, write_folder
+from gear_engine.checkpoint.folder import check_target, write_folder
 from gear_engine.checkpoint.load import PathLike, Source, open_generator, open_tokenizer
 from gear_engine.config import GeneratorConfig, TokenizerConfig
 from gear_engine.errors import CheckpointError
@@ -98,7 +98,7 @@ def save_pretrained(
     if generator is not None and tokenizer is not None:
         check_pair(generator.config, tokenizer.config)
     target = Path(folder)
-    prepare_folder(target, force=force)
+    check_target(target, force=force)
     origin = {"section": "a module", "ema": False}
     models = {"generator": generator, "tokenizer": tokenizer}
     write_folder(

@@ -236,7 +236,7 @@ def _unknown_format(head: bytes) -> CheckpointError:
     if head.lstrip()[:1] == b"<":
         return CheckpointError("a web page, not a checkpoint; download the file itself")
     return CheckpointError(
-        "not a checkpoint: neither a torch.save file (zip) nor safetensors; give a .pt, .pth, .ckpt or .safetensors one"
+        "not a checkpoint: neither a torch.save (zip) nor a safetensors file; give a .pt, .pth, .ckpt or .safetensors"
     )
 
 
