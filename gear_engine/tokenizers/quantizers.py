@@ -20,29 +20,37 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gear_engine.config import TokenizerConfig
 from gear_engine.errors import InvalidRequestError
+from gear_engine.ops import backends
+from gear_engine.ops.codebook_quantize import Metric, codebook_quantize
 from gear_engine.tokenizers.losses import entropy_loss
 
 __all__ = [
     "IndexBackpropQuantizer",
-    "LookupFreeQuantizer",
     "Quantizer",
     "VectorQuantizer",
-    "build_quantizer",
     "soft_readout",
+    "to_grid",
+    "to_rows",
 ]
 
-#: Rows per block where an [N, K] array would otherwise be materialised.
+#: Rows per block where the reference backend would otherwise materialise an [N, K] array.
 _BLOCK_ROWS = 4096
 
 
-def _rows(z: torch.Tensor) -> torch.Tensor:
+def _hard_indices(rows: torch.Tensor, codebook: torch.Tensor, metric: Metric) -> torch.Tensor:
+    """Indices [N] of the nearest codes, without an [N, K] array whichever backend runs."""
+    backend = backends.resolve("codebook_quantize", rows.device, rows.dtype).backend
+    block = _BLOCK_ROWS if backend == "reference" else rows.shape[0]
+    return torch.cat([codebook_quantize(part, codebook, metric)[0] for part in torch.split(rows, block)])
+
+
+def to_rows(z: torch.Tensor) -> torch.Tensor:
     """[B, d, H, W] -> [B * H * W, d]."""
     return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
 
 
-def _grid(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def to_grid(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """[B * H * W, d] -> [B, d, H, W], the shape of ``like``."""
     batch, channels, height, width = like.shape
     return rows.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
@@ -151,7 +159,7 @@ class VectorQuantizer(Quantizer):
         return F.normalize(weight, p=2, dim=-1) if self.l2_norm else weight
 
     def _normalised_rows(self, z: torch.Tensor) -> torch.Tensor:
-        rows = _rows(z)
+        rows = to_rows(z)
         return F.normalize(rows, p=2, dim=-1) if self.l2_norm else rows
 
     @staticmethod
@@ -173,9 +181,8 @@ class VectorQuantizer(Quantizer):
             distance = self._squared_distances(rows, codebook)
             indices = torch.argmin(distance, dim=1)
         else:
-            with torch.no_grad():
-                blocks = torch.split(rows, _BLOCK_ROWS)
-                indices = torch.cat([self._squared_distances(block, codebook).argmin(dim=1) for block in blocks])
+            metric: Metric = "l2_normalized" if self.l2_norm else "l2"
+            indices = _hard_indices(to_rows(z).detach(), self.embedding.weight.detach(), metric)
         selected = codebook[indices]
         vq_loss = commit_loss = entropy = None
         if self.training:
@@ -184,13 +191,13 @@ class VectorQuantizer(Quantizer):
             commit_loss = self.beta * torch.mean((selected.detach() - rows) ** 2)
             total, sample, average = entropy_loss(-distance, self.entropy_temperature)
             entropy = (self.entropy_loss_ratio * total, sample, average)
-        quant = _grid(rows + (selected - rows).detach(), z)
+        quant = to_grid(rows + (selected - rows).detach(), z)
         out = (quant, (vq_loss, commit_loss, entropy, 0), (None, None, indices))
         return (*out, distance) if return_distance else out
 
 
 class IndexBackpropQuantizer(Quantizer):
-    """Largest inner product (IBQ-16): ``d = -<z, e>``, index = argmin d.
+    """Largest inner product (IBQ-16): ``d = -<z, e>``, index = argmax softmax(-d), lowest on ties.
 
     Gradient by index backpropagation: forward the hard one-hot assignment, backward the softmax over all codes.
     """
@@ -200,20 +207,21 @@ class IndexBackpropQuantizer(Quantizer):
         self.embedding = nn.Embedding(num_codes, dim)
 
     def distances(self, z: torch.Tensor) -> torch.Tensor:
-        return -(_rows(z) @ self.embedding.weight.t())
+        return -(to_rows(z) @ self.embedding.weight.t())
 
     def codes_to_rows(self, indices: torch.Tensor) -> torch.Tensor:
         return self.embedding(indices)  # type: ignore[no-any-return]
 
     def forward(self, z: torch.Tensor, return_distance: bool = False) -> tuple[Any, ...]:
-        rows, weight = _rows(z), self.embedding.weight
+        rows, weight = to_rows(z), self.embedding.weight
         needs_grad = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
         logits = None
         if needs_grad or self.training or return_distance:
             logits = rows @ weight.t()
-            indices = logits.argmax(dim=1)
+            # Of the probabilities, not the logits: officially, codes whose probabilities round alike are a tie.
+            indices = F.softmax(logits, dim=1).argmax(dim=1)
         else:
-            indices = torch.cat([(block @ weight.t()).argmax(dim=1) for block in torch.split(rows, _BLOCK_ROWS)])
+            indices = _hard_indices(rows.detach(), weight.detach(), "inner_product")
         selected = weight[indices]
         quant = selected
         if needs_grad:
@@ -231,67 +239,8 @@ class IndexBackpropQuantizer(Quantizer):
             )
             total, sample, average = entropy_loss(logits, self.entropy_temperature)
             entropy = (self.entropy_loss_ratio * total, sample, average)
-        out = (_grid(quant, z), (quant_loss, None, entropy, 0), (None, None, indices))
+        out = (to_grid(quant, z), (quant_loss, None, entropy, 0), (None, None, indices))
         return (*out, -logits) if return_distance and logits is not None else out
-
-
-class LookupFreeQuantizer(Quantizer):
-    """Sign bits (LFQ-16, LFQ-8, GLFQ-16): code = sign(z) with zero mapped to -1, index bit i = channel i of its group.
-
-    ``num_codebooks`` groups of g = dim / num_codebooks channels have one index each; ``d = -2 <z_group, c>`` over the
-    2^g vectors c of {-1, 1}^g. Gradient: straight-through.
-    """
-
-    def __init__(self, dim: int, num_codebooks: int) -> None:
-        super().__init__(2 ** (dim // num_codebooks), num_codebooks, dim, entropy_loss_ratio=1.0)
-        self.group_dim = dim // num_codebooks
-
-    def _bits(self, device: torch.device) -> torch.Tensor:
-        return torch.arange(self.group_dim, device=device)
-
-    def codebook(self, like: torch.Tensor) -> torch.Tensor:
-        """All vectors of {-1, 1}^g, [2^g, g], in the order of their indices."""
-        indices = torch.arange(self.num_codes, device=like.device)
-        return self._signs(indices).to(like.dtype)
-
-    def _signs(self, indices: torch.Tensor) -> torch.Tensor:
-        return ((indices[:, None] >> self._bits(indices.device)) & 1) * 2.0 - 1.0
-
-    def distances(self, z: torch.Tensor) -> torch.Tensor:
-        groups = _rows(z).reshape(-1, self.group_dim)
-        return -(2.0 * (groups @ self.codebook(groups).t()))
-
-    def codes_to_rows(self, indices: torch.Tensor) -> torch.Tensor:
-        return self._signs(indices).view(-1, self.dim)
-
-    def forward(self, z: torch.Tensor, return_distance: bool = False) -> tuple[Any, ...]:
-        if z.shape[1] != self.dim:
-            raise InvalidRequestError(f"the latent must have {self.dim} channels, got {z.shape[1]}")
-        rows = _rows(z)
-        positive = rows > 0
-        signs = torch.where(positive, 1.0, -1.0).to(rows.dtype)
-        indices = (positive.reshape(-1, self.group_dim).long() << self._bits(z.device)).sum(dim=1)
-        distance = self.distances(z) if self.training or return_distance else None
-        commit_loss = total = sample = average = rows.new_zeros(())
-        if self.training:
-            assert distance is not None
-            groups = (-distance).reshape(-1, self.num_codebooks, self.num_codes).unbind(1)
-            losses = [torch.stack(entropy_loss(group, self.entropy_temperature)) for group in groups]
-            total, sample, average = torch.stack(losses).mean(dim=0)
-            commit_loss = self.beta * F.mse_loss(rows, signs)
-        quant = _grid(rows + (signs - rows).detach(), z).contiguous()
-        entropy = (self.entropy_loss_ratio * total, sample, average)
-        out = (quant, (None, commit_loss, entropy, 0), (None, None, indices))
-        return (*out, distance) if return_distance else out
-
-
-def build_quantizer(config: TokenizerConfig) -> Quantizer:
-    """The quantizer of ``config.family``."""
-    if config.family == "vq":
-        return VectorQuantizer(config.codebook_size, config.codebook_embed_dim, config.codebook_l2_norm)
-    if config.family == "ibq":
-        return IndexBackpropQuantizer(config.codebook_size, config.codebook_embed_dim)
-    return LookupFreeQuantizer(config.codebook_embed_dim, config.num_codebooks)
 
 
 def soft_readout(distance: torch.Tensor, table: torch.Tensor, tau: float) -> torch.Tensor:

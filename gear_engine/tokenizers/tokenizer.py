@@ -12,9 +12,19 @@ import torch.nn as nn
 from gear_engine.config import TokenizerConfig
 from gear_engine.errors import InvalidRequestError
 from gear_engine.tokenizers import magvit2, vqgan
-from gear_engine.tokenizers.quantizers import Quantizer, build_quantizer
+from gear_engine.tokenizers.lookup_free import LookupFreeQuantizer
+from gear_engine.tokenizers.quantizers import IndexBackpropQuantizer, Quantizer, VectorQuantizer
 
 __all__ = ["Tokenizer", "build_tokenizer"]
+
+
+def _build_quantizer(config: TokenizerConfig) -> Quantizer:
+    """The quantizer of ``config.family``."""
+    if config.family == "vq":
+        return VectorQuantizer(config.codebook_size, config.codebook_embed_dim, config.codebook_l2_norm)
+    if config.family == "ibq":
+        return IndexBackpropQuantizer(config.codebook_size, config.codebook_embed_dim)
+    return LookupFreeQuantizer(config.codebook_embed_dim, config.num_codebooks)
 
 
 class Tokenizer(nn.Module):
@@ -31,7 +41,7 @@ class Tokenizer(nn.Module):
         self.decoder: vqgan.Decoder | magvit2.Decoder
         self.quant_conv: nn.Module
         self.post_quant_conv: nn.Module
-        self.quantize: Quantizer = build_quantizer(config)
+        self.quantize: Quantizer = _build_quantizer(config)
         if config.family == "lfq":
             self.encoder, self.decoder = magvit2.Encoder(config), magvit2.Decoder(config)
             self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
