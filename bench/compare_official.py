@@ -5,7 +5,8 @@
 ``class``: a checkpoint in the official stage-1 format (random weights; the head too, which the official initialisation
 leaves at zero) with VQ-16, sampled by ``gear-engine sample --rng torch`` and by the official code. ``text``: a
 text-to-image generator of 1B width at few layers. ``tokenizers``: every published tokenizer at 256 px. Each side runs
-in a process of its own, both seed after building; times are wall clock, memory is the process's peak resident size.
+in a process of its own, both seed after building; times are wall clock and processor time, memory is the process's
+peak resident size.
 
 Equal means: floats max|a - b| / max|b| <= 1e-5; tokens equal, where a first difference counts as a tie only if the
 official scores log p - log q of the two tokens lie within 1e-4 (times cfg / 4 above 4); pixels within 1 of 255.
@@ -33,6 +34,7 @@ from gear_engine.bench.comparison import (
     run_child,
     run_driver,
     side,
+    whole,
 )
 from gear_engine.config import GENERATOR_PRESETS, TOKENIZER_PRESETS, GeneratorConfig
 from gear_engine.models.transformer import Transformer
@@ -124,7 +126,7 @@ def compare_class(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "largest_pixel_difference": worst,
         "official": side(official, official_child),
         "ours": side(ours, ours_child),
-        "program": {"process_s": program.seconds, "peak_bytes": program.peak_bytes},
+        "program": whole(program),
         "ok": ok,
     }
 

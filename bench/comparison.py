@@ -24,6 +24,7 @@ __all__ = [
     "run_child",
     "run_driver",
     "side",
+    "whole",
 ]
 
 _DRIVER = Path(__file__).with_name("official_driver.py")
@@ -35,9 +36,10 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 @dataclass(frozen=True)
 class Child:
-    """A finished process: wall seconds and peak resident bytes."""
+    """A finished process: wall seconds, processor seconds of all threads, peak resident bytes."""
 
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
 
 
@@ -51,7 +53,7 @@ def run_child(command: list[str], log: Path) -> Child:
     seconds = time.perf_counter() - start
     if process.returncode != 0:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text()[-4000:]}")
-    return Child(seconds, usage.ru_maxrss * 1024)
+    return Child(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
 def run_driver(side: str, job: dict[str, Any], folder: Path, name: str) -> tuple[Arrays, Child]:
@@ -88,34 +90,37 @@ def relative_error(actual: np.ndarray[Any, Any], expected: np.ndarray[Any, Any])
     return float(np.abs(actual.astype(np.float64) - expected).max() / np.abs(expected).max())
 
 
-def side(arrays: Arrays, child: Child) -> dict[str, float]:
-    """One side's figures: seconds of both phases and of the whole process, peak bytes."""
+def side(arrays: Arrays, child: Child) -> dict[str, Any]:
+    """One side's figures: both phases and the whole process as [wall, processor] seconds, peak bytes."""
     first, second = arrays["seconds"].tolist()
-    return {"first_s": first, "second_s": second, "process_s": child.seconds, "peak_bytes": child.peak_bytes}
+    return {"first_s": first, "second_s": second, **whole(child)}
+
+
+def whole(child: Child) -> dict[str, Any]:
+    return {"process_s": [child.seconds, child.cpu_seconds], "peak_bytes": child.peak_bytes}
+
+
+def _row(name: str, official: list[float], ours: list[float], peaks: tuple[int, int]) -> str:
+    times = "".join(f"{a:10.2f}{b:10.2f}{a / b:7.2f}" for a, b in zip(official, ours, strict=True))
+    return f"{name:56s}{times}{peaks[0] / 1e9:9.2f}{peaks[1] / 1e9:7.2f}"
 
 
 def report(results: list[dict[str, Any]]) -> str:
-    """A table: agreement, then seconds and peak GB of both sides."""
-    lines = [f"{'what':58s} {'ok':5s} {'official s':>17s} {'ours s':>17s} {'ratio':>6s} {'peak GB':>12s}  agreement"]
+    """Per phase: wall seconds, then processor seconds (which a busy machine disturbs less), official and ours."""
+    head = "".join(f"{kind + ' offic.':>10s}{'ours':>10s}{'ratio':>7s}" for kind in ("wall", "cpu"))
+    lines = [f"{'seconds':56s}{head}{'GB offic.':>9s}{'ours':>7s}"]
     for result in results:
         official, ours = result["official"], result["ours"]
-        ratio = (official["first_s"] + official["second_s"]) / (ours["first_s"] + ours["second_s"])
-        times = [f"{each['first_s']:.2f} + {each['second_s']:.2f}" for each in (official, ours)]
-        peaks = f"{official['peak_bytes'] / 1e9:.2f} / {ours['peak_bytes'] / 1e9:.2f}"
-        found = {
-            key: result[key] for key in ("tokens", "largest_pixel_difference", "indices", "errors") if key in result
-        }
-        lines.append(
-            f"{result['task']:58s} {result['ok']!s:5s} {times[0]:>17s} {times[1]:>17s} {ratio:6.2f} {peaks:>12s}  "
-            + json.dumps(found)
-        )
+        peaks = (official["peak_bytes"], ours["peak_bytes"])
+        lines.append(f"{result['task']}: {'agrees' if result['ok'] else 'DIFFERS'}")
+        lines.append("  " + json.dumps({key: result[key] for key in _AGREEMENT if key in result}))
+        names = ("  encoding", "  decoding") if result["task"].startswith("tokenizer") else ("  sampling", "  decoding")
+        for name, phase in zip(names, ("first_s", "second_s"), strict=True):
+            if ours[phase][0] > 0:
+                lines.append(_row(name, official[phase], ours[phase], peaks))
         if "program" in result:
             program = result["program"]
-            lines.append(
-                f"{'  whole process, official and gear-engine sample':58s} {'':5s} {official['process_s']:17.2f} "
-                f"{program['process_s']:17.2f} {official['process_s'] / program['process_s']:6.2f} "
-                f"{official['peak_bytes'] / 1e9:5.2f} / {program['peak_bytes'] / 1e9:.2f}"
-            )
+            peaks = (official["peak_bytes"], program["peak_bytes"])
+            name = "  whole process; ours: gear-engine sample"
+            lines.append(_row(name, official["process_s"], program["process_s"], peaks))
     return "\n".join(lines)
-
-

@@ -20,6 +20,11 @@ import numpy as np
 import torch
 
 
+def _clocks() -> np.ndarray[Any, Any]:
+    """Wall clock and processor time of all threads, in seconds."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
 def _build_generator(job: dict[str, Any]) -> torch.nn.Module:
     if job["task"] == "text":
         from models.llamagen_t2i import ModelArgs, Transformer
@@ -95,26 +100,26 @@ def _run_sampling(job: dict[str, Any], other_tokens: np.ndarray | None) -> dict[
     conditions = _conditions(job)
     torch.manual_seed(int(job["seed"]))
     tokens, pixels, gaps = [], [], []
-    sample_s = decode_s = 0.0
+    sample_s, decode_s = np.zeros(2), np.zeros(2)
     first = 0
     for condition in conditions:
         batch = len(next(iter(condition.values())))
         scores = None if other_tokens is None else _Scores(other_tokens[first : first + batch])
         first += batch
-        start = time.perf_counter()
+        start = _clocks()
         with scores.installed() if scores is not None else contextlib.nullcontext():
             tokens.append(_sample_batch(model, condition, job))
-        sample_s += time.perf_counter() - start
+        sample_s += _clocks() - start
         if scores is not None:
             gaps.append(torch.stack(scores.gaps, dim=1))
         if tokenizer is not None:
-            start = time.perf_counter()
+            start = _clocks()
             grid = int(job["model"]["block_size"] ** 0.5)
             images = tokenizer.decode_code(tokens[-1], [batch, int(job["code_dim"]), grid, grid])  # type: ignore[operator]
             images = torch.clamp(127.5 * images + 128.0, 0, 255).permute(0, 2, 3, 1).to(torch.uint8)
-            decode_s += time.perf_counter() - start
+            decode_s += _clocks() - start
             pixels.append(images)
-    result = {"tokens": torch.cat(tokens).numpy(), "seconds": np.array([sample_s, decode_s])}
+    result = {"tokens": torch.cat(tokens).numpy(), "seconds": np.stack([sample_s, decode_s])}
     if pixels:
         result["pixels"] = torch.cat(pixels).numpy()
     if gaps:
@@ -142,20 +147,20 @@ def _run_tokenizer(job: dict[str, Any]) -> dict[str, np.ndarray]:
     if job.get("write_checkpoint"):
         torch.save({"model": tokenizer.state_dict()}, job["checkpoint"])
     images = torch.from_numpy(np.load(job["images"]))
-    start = time.perf_counter()
+    start = _clocks()
     quant, _, info, distances = tokenizer.encode(images, return_distance=True)  # type: ignore[operator]
-    encode_s = time.perf_counter() - start
+    encode_s = _clocks() - start
     indices = info[2]
-    start = time.perf_counter()
+    start = _clocks()
     decoded = tokenizer.decode_code(indices, list(quant.shape))  # type: ignore[operator]
-    decode_s = time.perf_counter() - start
+    decode_s = _clocks() - start
     rows = distances.reshape(-1, distances.shape[-1])[:: max(1, distances.numel() // distances.shape[-1] // 64)]
     return {
         "quant": quant.numpy(),
         "indices": indices.numpy(),
         "distance_rows": rows.numpy(),
         "decoded": decoded.numpy(),
-        "seconds": np.array([encode_s, decode_s]),
+        "seconds": np.stack([encode_s, decode_s]),
     }
 
 

@@ -7,6 +7,7 @@ end. Written from the model's definition; the torch draws follow the official or
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -221,6 +222,7 @@ def plain_generate(
     top_k: int = 0,
     top_p: float = 1.0,
     sample_logits: bool = True,
+    on_step: Callable[[int, PlainCache], None] | None = None,
 ) -> torch.Tensor:
     """Tokens (B, n) int32 from torch's global generator; ``uncond`` is needed with guidance."""
     batch, prefix = len(condition), model.cls_token_num
@@ -242,4 +244,6 @@ def plain_generate(
         tokens.append(draw(logits, temperature, top_k, top_p, sample_logits))
         h = model.tok_embeddings(tokens[-1].repeat(2 if guided else 1))[:, None]
         positions, text = torch.tensor([prefix + step]), False
+        if on_step is not None:
+            on_step(step, cache)
     return torch.stack(tokens, 1).int().reshape(batch, max_new_tokens)
