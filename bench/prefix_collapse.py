@@ -126,7 +126,7 @@ def main() -> int:
     sizes = result["cache_bytes"]
     megabytes = {name: size / 1e6 for name, size in sizes.items()}
     print(
-        f"  cache, 2 rows of 256 image tokens: plain {megabytes['plain']:.1f} MB, engine {megabytes['engine']:.1f} MB"
+        f"  cache, 2 rows of 256 tokens: plain {megabytes['plain']:.1f} MB, engine {megabytes['engine']:.1f} MB"
     )
     print(f"  ratio {sizes['plain'] / sizes['engine']:.2f} x")
     if options.json is not None:
