@@ -68,10 +68,12 @@ sanitize: build
 
 # ThreadSanitizer over the threaded ops: a plain C++ driver, since Python itself is not built for it.
 tsan: install
-	test -x $(BIN)/cmake && cmake_bin=$(BIN)/cmake || cmake_bin=cmake; \
-	$$cmake_bin -S tests/csrc -B build/tsan -G Ninja -DGEAR_SANITIZE=thread \
-		-DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo && \
-	$$cmake_bin --build build/tsan && ./build/tsan/threads
+	cmake=$$(test -x $(BIN)/cmake && echo $(BIN)/cmake || echo cmake); \
+	$$cmake -S . -B build/tsan -G Ninja -DGEAR_SANITIZE=thread -DGEAR_THREADS_TEST=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+		-DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) \
+		-Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) && \
+	$$cmake --build build/tsan --target threads
+	TSAN_OPTIONS=halt_on_error=1 ./build/tsan/threads
 
 clean:
 	rm -rf build dist *.egg-info gear_engine/_C.*.so $(VENV)/.built
