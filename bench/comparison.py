@@ -107,8 +107,8 @@ def _row(name: str, official: list[float], ours: list[float], peaks: tuple[int, 
 
 def report(results: list[dict[str, Any]]) -> str:
     """Per phase: wall seconds, then processor seconds (which a busy machine disturbs less), official and ours."""
-    head = "".join(f"{kind + ' offic.':>10s}{'ours':>10s}{'ratio':>7s}" for kind in ("wall", "cpu"))
-    lines = [f"{'seconds':56s}{head}{'GB offic.':>9s}{'ours':>7s}"]
+    head = "".join(f"{kind:>10s}{'ours':>10s}{'ratio':>7s}" for kind in ("wall", "cpu"))
+    lines = [f"{'seconds, official and ours; peak memory in GB':56s}{head}{'GB':>9s}{'ours':>7s}"]
     for result in results:
         official, ours = result["official"], result["ours"]
         peaks = (official["peak_bytes"], ours["peak_bytes"])
