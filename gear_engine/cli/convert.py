@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
         "convert",
         help="convert a checkpoint to a folder with config.json and safetensors",
         description="Reads a checkpoint of any published format, in a process that cannot reach the network, and "
-        "writes a folder that Pipeline.from_pretrained opens. The written weights are compared with those read, bit by bit.",
+        "writes a folder that Pipeline.from_pretrained opens. The written weights are compared with those read.",
     )
     parser.add_argument("input", metavar="IN", help="checkpoint file, or org/name@revision:file on the hub")
     parser.add_argument("output", metavar="OUT", type=Path, help="folder to write; must be new or empty")
