@@ -38,6 +38,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return gear::isa_name(gear::isa()); });
   m.def("best_cpu_isa", [] { return gear::isa_name(gear::best_isa()); });
   m.def("set_cpu_isa", &gear::set_isa);
+  m.def("allow_cpu_extension", &gear::allow_extension);
   m.def("set_num_threads", &gear::set_num_threads);
 
   op(m, "codebook_quantize_cpu", &gear::cpu::codebook_quantize);

@@ -31,12 +31,22 @@ void rotate(const T* x, const float* rope, std::int64_t head_dim, T* out) {
   }
 }
 
+// Asks for `count` rows of a cache: a chunk's values while its keys are read, the next keys while values are read.
+template <class T>
+inline void prefetch_rows(const T* rows, std::int64_t stride, int count, std::int64_t head_dim) {
+  constexpr std::int64_t kLine = 64 / sizeof(T);
+  for (int j = 0; j < count; ++j)
+    for (std::int64_t d = 0; d < head_dim; d += kLine) __builtin_prefetch(rows + j * stride + d);
+}
+
 // weights[0 … n) = q . key_j, whole vectors of keys at a time; a key past the end repeats the last one.
 template <class T>
-void scores(const Head& head, const T* keys, std::int64_t stride, int n, std::int64_t head_dim, float* weights) {
+void scores(const Head& head, const T* keys, const T* values, std::int64_t stride, int n, std::int64_t head_dim,
+            float* weights) {
   const std::int64_t whole = head_dim / kLanes * kLanes;
   const int rest = static_cast<int>(head_dim - whole);
   for (int j = 0; j < n; j += kLanes) {
+    prefetch_rows(values + j * stride, stride, n - j < kLanes ? n - j : kLanes, head_dim);
     const T* key[kLanes];
     for (int i = 0; i < kLanes; ++i) key[i] = keys + (j + i < n ? j + i : n - 1) * stride;
     Vec total[kLanes];
@@ -142,9 +152,12 @@ void attend_head(const DecodeAttention& call, Head& head, const T* keys, const T
     const int n = static_cast<int>(n_entries - first < kChunk ? n_entries - first : kChunk);
     const T* chunk_keys = keys + first * call.entry_stride;
     const T* chunk_values = values + first * call.entry_stride;
-    scores(head, chunk_keys, call.entry_stride, n, call.head_dim, head.weights);
+    scores(head, chunk_keys, chunk_values, call.entry_stride, n, call.head_dim, head.weights);
     float chunk_max, chunk_sum;
     soften(head, n, scale, prefix_bias, first == 0, chunk_max, chunk_sum);
+    const std::int64_t left = n_entries - first - n;
+    prefetch_rows(chunk_keys + n * call.entry_stride, call.entry_stride,
+                  static_cast<int>(left < kChunk / 4 ? left : kChunk / 4), call.head_dim);
     if (first == 0) {
       weigh_all_values(head, chunk_values, call.entry_stride, n, call.head_dim, head.out);
       head.max = chunk_max;

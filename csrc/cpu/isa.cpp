@@ -16,6 +16,14 @@ namespace {
 constexpr int kUnset = -1;
 std::atomic<int> current{kUnset};
 
+constexpr const char* kExtensions[] = {"vnni", "bf16", "amx"};
+enum Extension : unsigned { kVnni = 1, kBf16 = 2, kAmx = 4 };
+std::atomic<unsigned> forbidden{0};
+
+[[maybe_unused]] bool usable(Extension extension) {
+  return isa() == Isa::avx512 && (forbidden.load(std::memory_order_relaxed) & extension) == 0;
+}
+
 #ifdef GEAR_X86
 Isa detect() {
   __builtin_cpu_init();
@@ -72,6 +80,19 @@ Isa isa() {
 
 void set_isa(const char* name) { current.store(static_cast<int>(parse(name)), std::memory_order_relaxed); }
 
+void allow_extension(const char* name, bool allowed) {
+  for (unsigned i = 0; i < 3; ++i) {
+    if (std::string(name) != kExtensions[i]) continue;
+    if (allowed) {
+      forbidden.fetch_and(~(1u << i));
+    } else {
+      forbidden.fetch_or(1u << i);
+    }
+    return;
+  }
+  throw std::invalid_argument("extension '" + std::string(name) + "' is none of vnni, bf16, amx");
+}
+
 const char* isa_name(Isa level) {
   switch (level) {
     case Isa::avx512:
@@ -87,19 +108,19 @@ const char* isa_name(Isa level) {
 // Asked once: cpuid costs microseconds under a hypervisor.
 bool has_avx512_vnni() {
   static const bool found = cpuid_leaf7(0, 2, 11);
-  return isa() == Isa::avx512 && found;
+  return usable(kVnni) && found;
 }
 bool has_avx512_bf16() {
   static const bool found = cpuid_leaf7(1, 0, 5);
-  return isa() == Isa::avx512 && found;
+  return usable(kBf16) && found;
 }
 bool has_amx_bf16() {
   static const bool found = cpuid_leaf7(0, 3, 22) && cpuid_leaf7(0, 3, 24) && tiles_permitted();
-  return isa() == Isa::avx512 && found;
+  return usable(kAmx) && found;
 }
 bool has_amx_int8() {
   static const bool found = cpuid_leaf7(0, 3, 25) && cpuid_leaf7(0, 3, 24) && tiles_permitted();
-  return isa() == Isa::avx512 && found;
+  return usable(kAmx) && found;
 }
 #else
 bool has_avx512_vnni() { return false; }

@@ -28,6 +28,10 @@ Isa best_isa();
 void set_isa(const char* name);
 const char* isa_name(Isa level);
 
+// Forbids an extension ("vnni", "bf16" or "amx") or allows it again, so that tests reach the code without it; throws
+// std::invalid_argument for another name.
+void allow_extension(const char* name, bool allowed);
+
 bool has_avx512_vnni();
 bool has_avx512_bf16();
 bool has_amx_bf16();  // also asks the operating system for the tile registers
