@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from gear_engine.caption_cleaning import clean_caption
 from gear_engine.errors import BackendUnavailableError, CheckpointError, InvalidRequestError
 
 __all__ = [
@@ -197,6 +198,8 @@ def load_text_encoder(
         path: folder or ``owner/name``.
         max_length: tokens per caption, the generator's ``cls_token_num``; default 300 (Qwen), 120 (T5).
         dtype: default bfloat16, the official programs' choice.
+        preprocess: applied to each prompt first. None: nothing for Qwen, for T5 the cleaning that LlamaGen's models
+            were trained with (:func:`gear_engine.caption_cleaning.clean_caption`); ``str`` turns that off.
         revision: commit, tag or branch on the hub.
 
     Raises:
@@ -220,7 +223,7 @@ def load_text_encoder(
     model = getattr(model, "language_model", model)
     model = model.to(device or "cpu")
     if is_t5:
-        return T5TextEncoder(tokenizer, model, max_length or 120, preprocess)
+        return T5TextEncoder(tokenizer, model, max_length or 120, preprocess or clean_caption)
     return QwenTextEncoder(tokenizer, model, max_length or 300, preprocess)
 
 

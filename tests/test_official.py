@@ -107,6 +107,25 @@ images = ours.decode_code(vq, codes, [2, 8, 3, 4])
 assert ((images - expected).abs().max() / expected.abs().max()).item() <= 1e-5
 """
 
+CAPTIONS = """
+import random, warnings
+from language.t5 import T5Embedder
+from gear_engine.caption_cleaning import clean_caption
+warnings.filterwarnings("ignore")
+official = T5Embedder.__new__(T5Embedder)
+official.use_text_preprocessing = True
+random.seed(0)
+pieces = ["A Porsche 356", "http://foo.com/bar", "www:abc", "foo.ru/x-y_z/", "me@foo.org", " ", "  ", "&amp;", "&quot;",
+    "%20", "+", "<person>", "<b>bold</b>", "#123", "#12345", "1234567", "127.0.0.1", "10:30 ", "img_01.png", "don't",
+    "--", "...", "..", ". ", ".", ",", ":", " : ", "(a)", "[b]", "{c}", "|", "/", "*", "~", "ab123", "a1b", "1a2",
+    "free shipping", "download free", "click for more", "jpg image", "page 12", "3x4", "'", "_", "-", "@nick", "x",
+    "co", "12a3b4c", "&lt;i&gt;", chr(34), chr(92), chr(9), chr(0xC3) + chr(0xA9)]
+pieces += [chr(code) for code in (0x201C, 0x201D, 0x2019, 0x6F22, 0x3231, 0xD7, 0x445, 0x2014, 0x2026, 0xAE)]
+for _ in range(3000):
+    text = "".join(random.choice(pieces) + random.choice(["", " "]) for _ in range(random.randint(0, 9)))
+    assert official.text_preprocessing(text) == clean_caption(text), text
+"""
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -116,6 +135,7 @@ assert ((images - expected).abs().max() / expected.abs().max()).item() <= 1e-5
         pytest.param("GEAR_OFFICIAL", GEAR_TEXT, id="gear-text"),
         pytest.param("GEAR_OFFICIAL", GEAR_TOKENIZERS, id="gear-tokenizers"),
         pytest.param("LLAMAGEN_OFFICIAL", LLAMAGEN, id="llamagen"),
+        pytest.param("LLAMAGEN_OFFICIAL", CAPTIONS, id="llamagen-captions"),
     ],
 )
 def test_official_modules(variable: str, program: str) -> None:
