@@ -17,7 +17,7 @@ from gear_engine.checkpoint.infer_generator import GeneratorOverrides, infer_gen
 from gear_engine.checkpoint.infer_tokenizer import TokenizerOverrides, infer_tokenizer
 from gear_engine.checkpoint.named_tokenizer import open_named_tokenizer
 from gear_engine.checkpoint.safe_read import CheckpointFile, open_checkpoint
-from gear_engine.checkpoint.strict import assign, check_names_and_shapes, expected_shapes, finisher
+from gear_engine.checkpoint.strict import assign, check_names_and_shapes, expected_shapes, finisher, on_meta
 from gear_engine.config import GeneratorConfig, TokenizerConfig
 from gear_engine.errors import CheckpointError, ConfigError
 from gear_engine.hub import local_path
@@ -223,8 +223,7 @@ def open_generator(
 ) -> tuple[Transformer, Source]:
     """:func:`load_generator` and where the weights came from."""
     config, state, source = read_generator(path, ema=ema, device=device, dtype=dtype, **overrides)
-    with torch.device("meta"):
-        module = Transformer(config)
+    module = on_meta(lambda: Transformer(config))
     assign(module, state)
     return module, source
 
@@ -239,8 +238,7 @@ def open_tokenizer(
 ) -> tuple[Tokenizer, Source]:
     """:func:`load_tokenizer` and where the weights came from."""
     config, state, source = read_tokenizer(path, ema=ema, device=device, dtype=dtype, **overrides)
-    with torch.device("meta"):
-        module = build_tokenizer(config)
+    module = on_meta(lambda: build_tokenizer(config))
     assign(module, state)
     return module, source
 

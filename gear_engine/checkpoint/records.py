@@ -188,8 +188,8 @@ def _parse_entry(data: bytes, position: int, limit: int) -> tuple[Record, int]:
         raise CheckpointError(f"record {name!r} is encrypted")
     if method != 0 or packed != size:
         raise UnsafeCheckpointError(
-            f"record {name!r} is compressed ({packed} bytes for {size}); torch.save stores its records as they are. "
-            "Load the file in torch and save it again"
+            f"record {name!r} is compressed ({packed} bytes for {size}); torch.save stores its records as they are, and "
+            "TorchScript programs are not read. Save the state dict with torch.save"
         )
     if offset + _LOCAL.size + size > limit:
         raise UnsafeCheckpointError(f"record {name!r} claims {size} bytes at {offset}, beyond the {limit} there are")

@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from gear_engine.checkpoint.claims import Shapes, shape_text
 from gear_engine.errors import CheckpointError
 
-__all__ = ["assign", "check_names_and_shapes", "expected_shapes", "finisher"]
+__all__ = ["assign", "check_names_and_shapes", "expected_shapes", "finisher", "on_meta"]
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 _LISTED = 5
 
 
+class _WithoutInitialisation(TorchFunctionMode):
+    """Within the block nobody fills a tensor: on the meta device that means nothing, and imports torch's compiler."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _FILLS or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+_FILLS = {torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.fill_, torch.Tensor.zero_}
+
+
+def on_meta(build: Callable[[], AnyModule]) -> AnyModule:
+    """What ``build`` makes, on the meta device: shapes without memory."""
+    with torch.device("meta"), _WithoutInitialisation():
+        return build()
+
+
 def expected_shapes(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
     """Key -> shape of the module that ``build`` makes; nothing is allocated."""
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in on_meta(build).state_dict().items()}
 
 
 def check_names_and_shapes(expected: Mapping[str, tuple[int, ...]], shapes: Shapes) -> None:

@@ -20,15 +20,20 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 
-from gear_engine.checkpoint import read_generator
+from gear_engine.checkpoint import read_generator, read_tokenizer
+from gear_engine.config import GeneratorConfig
 from gear_engine.errors import CheckpointError
-from tests.checkpoint.mutations import BASE, MUTATIONS, SAFE_BASE, SENTINEL, TINY, generator_state, tiny_root
+from tests.checkpoint.files import generator_shapes
+from tests.checkpoint.mutated_content import LIGHTNING, MUTATIONS, SAFE_BASE, TOKENIZER_STATE, lightning
+from tests.checkpoint.mutations import BASE, SENTINEL, TINY, generator_state, tiny_root
 
 ROOT = tiny_root()
 PEAK_ALLOWANCE = 64 << 20
@@ -82,19 +87,32 @@ def memory(field: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))
 
 
-def is_right(data: bytes, state: dict[str, torch.Tensor], section: str) -> str:
+@dataclass(frozen=True)
+class Case:
+    """How a kind of file is read (path -> configuration, state, source), and what it held before it was mutated."""
+
+    read: Callable[[Path], Any]
+    held: Mapping[str, Any]
+
+
+def is_right(data: bytes, held_before: Mapping[str, Any], state: dict[str, torch.Tensor], section: str) -> str:
     """Whether ``state`` is what the file holds: "" or what is wrong.
 
     Most files that still load hold the tensors that were saved. The others are read again by torch or safetensors.
     """
+    if _same(held_before.get(section, {}), state):
+        return ""
     if not data.startswith(b"PK"):
         held = safetensors.torch.load(data)
-    elif _same(ROOT.get(section, {}), state):
-        return ""
     else:
         with torch.serialization.safe_globals([argparse.Namespace]):
             root = torch.load(io.BytesIO(data), weights_only=True)
-        held = root if section == "the file itself" else root[section]
+        if section.endswith("shadows)"):
+            inner = root["state_dict"]
+            live = [name for name in inner if not name.startswith(("model_ema.", "loss."))]
+            held = {name: inner["model_ema." + name.replace(".", "")] for name in live}
+        else:
+            held = root if section == "the file itself" else root[section]
     return "" if _same(held, state) else f"other tensors than in {section}"
 
 
@@ -105,12 +123,16 @@ def _same(held: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> bool
     )
 
 
-def read_one(path: Path, data: bytes, watch: Watch) -> tuple[str, str]:
+def shapes_of(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def read_one(case: Case, path: Path, data: bytes, watch: Watch) -> tuple[str, str]:
     """(outcome, detail) of one file; outcomes "loaded" and "refused …" are right, "WRONG" is not."""
     path.write_bytes(data)
     try:
         with watch:
-            config, state, source = read_generator(path, n_head=2)
+            config, state, source = case.read(path)
         outcome, detail = "loaded", ""
     except CheckpointError as error:
         outcome, detail = f"refused: {type(error).__name__}", ""
@@ -123,16 +145,18 @@ def read_one(path: Path, data: bytes, watch: Watch) -> tuple[str, str]:
     if watch.growth > 2 * len(data) + PEAK_ALLOWANCE:
         return "WRONG", f"the peak grew by {watch.growth >> 20} MB for {len(data)} bytes"
     if outcome == "loaded":
-        if {name: tuple(tensor.shape) for name, tensor in state.items()} != {
-            name: tuple(tensor.shape) for name, tensor in generator_state(config).items()
-        }:
+        if isinstance(config, GeneratorConfig) and shapes_of(state) != generator_shapes(config):
             return "WRONG", "tensors of other shapes than the configuration's"
         try:
-            detail = is_right(data, state, source.section)
+            detail = is_right(data, case.held, state, source.section)
         except Exception as error:
             detail = f"the independent reader refuses it: {type(error).__name__}: {error}"[:300]
         outcome = "WRONG" if detail else outcome
     return outcome, detail
+
+
+GENERATOR_CASE = Case(lambda path: read_generator(path, n_head=2), ROOT)
+CASES = {lightning: Case(read_tokenizer, {"state_dict (model_ema shadows)": TOKENIZER_STATE})}
 
 
 def run(count: int, seed: int, folder: Path) -> dict[str, Any]:
@@ -142,6 +166,8 @@ def run(count: int, seed: int, folder: Path) -> dict[str, Any]:
         path.write_bytes(data)
         state = read_generator(path, n_head=2).state
         assert all(torch.equal(tensor, state[name]) for name, tensor in generator_state(TINY).items())
+    path.write_bytes(LIGHTNING)
+    assert _same(TOKENIZER_STATE, read_tokenizer(path).state)
     limit = memory("VmSize") + ADDRESS_SPACE_ALLOWANCE
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     os.chdir(folder)
@@ -153,7 +179,7 @@ def run(count: int, seed: int, folder: Path) -> dict[str, Any]:
         tally = counts[mutate.__name__] = collections.Counter()
         for index in range(-(-share * count // total)):
             data = mutate(random.Random(f"{seed} {mutate.__name__} {index}"))
-            outcome, detail = read_one(path, data, watch)
+            outcome, detail = read_one(CASES.get(mutate, GENERATOR_CASE), path, data, watch)
             if (folder / SENTINEL).exists():
                 outcome, detail = "WRONG", "a payload ran"
                 (folder / SENTINEL).unlink()

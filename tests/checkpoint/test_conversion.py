@@ -1,0 +1,165 @@
+"""Converted folders: bit-equal, whole or not there, opened by the load functions, and read without a network."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gear_engine.checkpoint import (
+    checkpoint_hash,
+    checkpoint_parts,
+    convert,
+    load_generator,
+    load_pair,
+    load_tokenizer,
+    offline_child,
+    read_generator,
+    save_pretrained,
+)
+from gear_engine.checkpoint.safetensors_file import write_safetensors
+from gear_engine.cli import convert as command
+from gear_engine.errors import CheckpointError, UnsafeCheckpointError
+from tests.checkpoint import files
+from tests.checkpoint.files import GENERATOR, HEADS, TEXT, VQ
+from tests.checkpoint.test_refusals import Payload
+
+
+@pytest.fixture
+def stage1(tmp_path: Path) -> Path:
+    return files.save(tmp_path / "stage1.pt", files.stage1())
+
+
+def run_command(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    return command.run(parser.parse_args(["convert", *arguments]))
+
+
+def test_the_command(stage1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "new" / "folder"
+    assert run_command(str(stage1), str(folder), "--n-head", "4", "--no-ema") == 0
+    said = capsys.readouterr().out
+    assert "live weights from ar" in said and "bit-equal" in said
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "generator.safetensors",
+        "tokenizer.safetensors",
+    ]
+    assert [path.name for path in folder.parent.iterdir()] == ["folder"]  # No scratch is left.
+    source, converted = load_pair(stage1, ema=False, **HEADS), load_pair(folder, ema=False)
+    assert converted.generator.config == source.generator.config == GENERATOR
+    assert converted.tokenizer.config == VQ
+    assert files.equal(converted.generator.state_dict(), files.generator_state(shift=1.0))
+    assert files.equal(converted.tokenizer.state_dict(), files.tokenizer_state(shift=1.0))
+    with pytest.raises(CheckpointError, match="not empty"):
+        run_command(str(stage1), str(folder), "--n-head", "4")
+    assert run_command(str(stage1), str(folder), "--n-head", "4", "--force", "--generator-only") == 0
+    assert checkpoint_parts(folder) == ["generator"]
+    with pytest.raises(CheckpointError, match="EMA weights and holds no live ones"):
+        read_generator(folder, ema=False)
+
+
+def test_dtypes_survive(tmp_path: Path) -> None:
+    state = {name: tensor.bfloat16() for name, tensor in files.generator_state(TEXT).items()}
+    path = files.save(tmp_path / "text.pt", {"ema": state})
+    convert(path, tmp_path / "out", generator_only=True, generator_overrides={**HEADS, "cls_token_num": 5})
+    assert files.equal(load_generator(tmp_path / "out").state_dict(), state)
+
+
+def test_the_child_has_no_network(tmp_path: Path) -> None:
+    code = f"""
+import runpy, socket, json
+child = runpy.run_path({offline_child.__file__!r})
+mode = child["leave_network"]()
+interfaces = open("/proc/net/dev").read().splitlines()[2:]
+try:
+    socket.create_connection(("127.0.0.1", 9), 1); reached = "connected"
+except BaseException as error:
+    reached = type(error).__name__
+print(json.dumps([mode, [line.split(":")[0].strip() for line in interfaces], reached]))
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    mode, interfaces, reached = json.loads(done.stdout)
+    assert reached == "PermissionError"
+    assert mode in ("none", "guarded")
+    if mode == "none":
+        assert set(interfaces) <= {"lo", "sit0", "tunl0", "ip6tnl0"}
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
+    sentinel = tmp_path / "ran"
+    bad = files.save(tmp_path / "bad.pt", files.stage1(extra=Payload(sentinel)))
+    with pytest.raises(UnsafeCheckpointError, match="nothing was run"):
+        convert(bad, tmp_path / "out")
+    assert not sentinel.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.pt"]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="is a file"):
+        convert(bad, tmp_path / "file")
+
+
+def test_save_pretrained_and_damage(stage1: Path, tmp_path: Path) -> None:
+    pair, folder = load_pair(stage1, **HEADS), tmp_path / "saved"
+    save_pretrained(folder, pair.generator, pair.tokenizer)
+    assert files.equal(load_tokenizer(folder).state_dict(), files.tokenizer_state())
+    digest = checkpoint_hash(folder)
+    with pytest.raises(CheckpointError, match="not empty"):
+        save_pretrained(folder, pair.generator)
+    weights = folder / "generator.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-100] ^= 1
+    weights.write_bytes(data)
+    assert checkpoint_hash(folder) != digest
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        load_generator(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"without config\.json"):
+        load_tokenizer(folder)
+    with pytest.raises(CheckpointError, match="nothing to save"):
+        save_pretrained(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "other"},
+        {"version": 2},
+        {"generator": None},
+        {"generator": {"config": {"dim": 47}}},
+        {"generator": {"config": {"dim": 48, "unknown": 1}}},
+        {"generator": []},
+        {"generator": {"config": {"dim": "48", "n_layer": [], "n_head": None}}},
+    ],
+)
+def test_a_wrong_description(stage1: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = tmp_path / "saved"
+    save_pretrained(folder, load_generator(stage1, **HEADS))
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError):
+        load_generator(folder)
+    path.write_text("[" * 100_000)
+    with pytest.raises(CheckpointError):
+        load_generator(folder)
+
+
+def test_folder_overrides_must_agree(stage1: Path, tmp_path: Path) -> None:
+    save_pretrained(tmp_path / "saved", load_generator(stage1, **HEADS))
+    assert load_generator(tmp_path / "saved", n_head=4, image_size=64).config == GENERATOR
+    with pytest.raises(CheckpointError, match=r"config\.json says 4.*your n_head says 2"):
+        load_generator(tmp_path / "saved", n_head=2)
+
+
+def test_our_safetensors_are_the_librarys(tmp_path: Path) -> None:
+    import safetensors.torch
+
+    state = {**files.generator_state(), "half": torch.randn(3, 5).half(), "strided": torch.randn(4, 6).t()}
+    write_safetensors(tmp_path / "x.safetensors", state, {"format": "pt"})
+    assert files.equal(safetensors.torch.load_file(tmp_path / "x.safetensors"), state)
