@@ -12,7 +12,7 @@ its batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,11 +21,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from gear_engine.errors import BackendUnavailableError, ConfigError, InvalidRequestError
+from gear_engine.ops import native
 from gear_engine.tokenizers import magvit2, vqgan
 from gear_engine.tokenizers.canvas import Arena, Canvas
 from gear_engine.tokenizers.tokenizer import Tokenizer
 
-__all__ = ["Decoder"]
+__all__ = ["Decoder", "unavailable"]
+
+
+#: (first row, row after the last, output [last - first (+ 1 for phases), W', out]).
+_Strip = tuple[int, int, torch.Tensor]
 
 
 def _phase_weights(weight: torch.Tensor) -> torch.Tensor:
@@ -37,22 +42,58 @@ def _phase_weights(weight: torch.Tensor) -> torch.Tensor:
 
 
 class _Conv:
-    """A convolution over channels-last rows that were padded above and below: [h + k - 1, W, in] -> [h, W', out]."""
+    """A convolution over channels-last rows that were padded above and below: [h + k - 1, W, in] -> [h, W', out].
 
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, *, phases: bool = False) -> None:
-        weight, bias = conv.weight.detach(), conv.bias
-        if phases:
-            weight = _phase_weights(weight.float())
+    oneDNN reorders a weight into blocks before it multiplies; with ``keep`` that happens once, else at every call, so
+    that weights are read where they lie and nothing of them is kept.
+    """
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, *, keep: bool, phases: bool = False) -> None:
+        self._conv, self._dtype, self._keep, self._phases = conv, dtype, keep, phases
+        kernel = 2 if phases else conv.kernel_size[0]
+        self._halo = kernel - 1
+        self._padding = [0, 1 if kernel > 1 else 0]
+        self.out_channels = conv.out_channels * (4 if phases else 1)
+        self._kept: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    def _weights(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(reordered weight, bias) for operands like ``image`` [1, in, h, W]."""
+        if self._kept is not None:
+            return self._kept
+        weight, bias = self._conv.weight.detach(), self._conv.bias
+        if self._phases:
+            weight = _phase_weights(weight)
             bias = None if bias is None else bias.detach().repeat(4)
-        self.weight = weight.to(dtype=dtype, memory_format=torch.channels_last)
-        self.bias = None if bias is None else bias.detach().to(dtype)
-        self.out_channels = self.weight.shape[0]
-        self.padding = (0, 1 if self.weight.shape[3] > 1 else 0)
+        weight = torch.ops.mkldnn._reorder_convolution_weight(
+            weight.to(self._dtype), self._padding, [1, 1], [1, 1], 1, list(image.shape)
+        )
+        found = weight, None if bias is None else bias.detach().to(self._dtype)
+        if self._keep:
+            self._kept = found
+        return found
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        image = rows.permute(2, 0, 1).unsqueeze(0)  # [1, in, h + k - 1, W], channels last
-        out = F.conv2d(image, self.weight, self.bias, padding=self.padding)
-        return out.squeeze(0).permute(1, 2, 0).contiguous()
+    def __call__(self, operand: torch.Tensor, bounds: Sequence[tuple[int, int]]) -> Iterator[_Strip]:
+        """Yields ``(first, last, output)`` for every pair in ``bounds``; ``operand`` has one row more above and below.
+
+        Args:
+            operand: [H + 2, W, in]; [H, W, in] for a 1 x 1 convolution.
+            bounds: rows of H; their outputs have one row more for phases.
+        """
+        halo = 2 if self._halo else 0
+        weight = bias = None
+        for first, last in bounds:
+            image = operand[first : last + halo].permute(2, 0, 1).unsqueeze(0)  # [1, in, h, W], channels last
+            if weight is None:
+                weight, bias = self._weights(image)
+            out = torch.ops.mkldnn._convolution_pointwise(
+                image, weight, bias, self._padding, [1, 1], [1, 1], 1, "none", [], ""
+            )
+            yield first, last, out.squeeze(0).permute(1, 2, 0).contiguous()
+
+    def whole(self, operand: torch.Tensor) -> torch.Tensor:
+        """The output for all rows at once."""
+        rows = operand.shape[0] - (2 if self._halo else 0)
+        return next(self(operand, [(0, rows)]))[2]
 
 
 class _Step(Protocol):
@@ -62,12 +103,12 @@ class _Step(Protocol):
 class _ResidualStep:
     """Residual block. x + conv2(silu(norm2(conv1(silu(norm1(x))))))."""
 
-    def __init__(self, block: vqgan.ResidualBlock | magvit2.ResidualBlock, dtype: torch.dtype) -> None:
+    def __init__(self, block: vqgan.ResidualBlock | magvit2.ResidualBlock, dtype: torch.dtype, keep: bool) -> None:
         self.norm1, self.norm2 = block.norm1, block.norm2
-        self.conv1, self.conv2 = _Conv(block.conv1, dtype), _Conv(block.conv2, dtype)
+        self.conv1, self.conv2 = _Conv(block.conv1, dtype, keep=keep), _Conv(block.conv2, dtype, keep=keep)
         shortcut = block._modules.get("nin_shortcut")
         # The residual stream stays fp32, also where a block changes its width.
-        self.shortcut = _Conv(shortcut, torch.float32) if isinstance(shortcut, nn.Conv2d) else None
+        self.shortcut = _Conv(shortcut, torch.float32, keep=keep) if isinstance(shortcut, nn.Conv2d) else None
 
     def __call__(self, canvas: Canvas, latent: torch.Tensor) -> None:
         height, width = canvas.x.shape[:2]
@@ -76,43 +117,42 @@ class _ResidualStep:
         bounds = list(canvas.strips(self.conv1.out_channels))
         moments = torch.empty_like(canvas.moments)
         hidden = []
-        for first, last in bounds:
-            strip = self.conv1(operand[first : last + 2])
+        for first, last, strip in self.conv1(operand, bounds):
             canvas.moments_of(strip, moments[first:last])
             hidden.append(strip)
         if self.shortcut is not None:
             x = canvas.x
             canvas.replace(height, width, self.conv1.out_channels)
-            for first, last in bounds:
-                canvas.put(self.shortcut(x[first:last]), first, accumulate=False)
+            for first, _, strip in self.shortcut(x, bounds):
+                canvas.put(strip, first, accumulate=False)
             operand = canvas.padded()
         canvas.normalise_strips(self.norm2, hidden, moments, operand[1:-1])
         del hidden
-        for first, last in bounds:
-            canvas.put(self.conv2(operand[first : last + 2]), first, accumulate=True)
+        for first, _, strip in self.conv2(operand, bounds):
+            canvas.put(strip, first, accumulate=True)
 
 
 class _AttentionStep:
     """x + proj_out(attention(norm(x))), one head over all positions."""
 
-    def __init__(self, block: vqgan.AttentionBlock, dtype: torch.dtype) -> None:
+    def __init__(self, block: vqgan.AttentionBlock, dtype: torch.dtype, keep: bool) -> None:
         self.norm = block.norm
-        self.projections = [_Conv(conv, dtype) for conv in (block.q, block.k, block.v)]
-        self.proj_out = _Conv(block.proj_out, dtype)
+        self.projections = [_Conv(conv, dtype, keep=keep) for conv in (block.q, block.k, block.v)]
+        self.proj_out = _Conv(block.proj_out, dtype, keep=keep)
 
     def __call__(self, canvas: Canvas, latent: torch.Tensor) -> None:
         height, width, channels = canvas.x.shape
         normed = canvas.normalised(self.norm, canvas.padded()[1:-1], silu=False)
-        q, k, v = (proj(normed).view(1, 1, height * width, channels) for proj in self.projections)
+        q, k, v = (proj.whole(normed).view(1, 1, height * width, channels) for proj in self.projections)
         mixed = F.scaled_dot_product_attention(q, k, v).view(height, width, channels)
-        canvas.put(self.proj_out(mixed), 0, accumulate=True)
+        canvas.put(self.proj_out.whole(mixed), 0, accumulate=True)
 
 
 class _UpsampleStep:
     """Nearest upsampling and 3 x 3 convolution, as four 2 x 2 convolutions."""
 
-    def __init__(self, module: vqgan.Upsample, dtype: torch.dtype) -> None:
-        self.conv = _Conv(module.conv, dtype, phases=True)
+    def __init__(self, module: vqgan.Upsample, dtype: torch.dtype, keep: bool) -> None:
+        self.conv = _Conv(module.conv, dtype, keep=keep, phases=True)
 
     def __call__(self, canvas: Canvas, latent: torch.Tensor) -> None:
         height, width, _ = canvas.x.shape
@@ -120,16 +160,15 @@ class _UpsampleStep:
         operand[1:-1].copy_(canvas.x)
         bounds = list(canvas.strips(self.conv.out_channels))
         canvas.replace(2 * height, 2 * width, self.conv.out_channels // 4)
-        for first, last in bounds:
-            phases = self.conv(operand[first : last + 2])  # [last - first + 1, W + 1, 4 C]
+        for first, _, phases in self.conv(operand, bounds):  # [last - first + 1, W + 1, 4 C]
             canvas.put(phases.unflatten(2, (4, -1)), 2 * first, accumulate=False, phase_offset=1)
 
 
 class _DepthToSpaceStep:
     """3 x 3 convolution to four times the channels, then depth-to-space."""
 
-    def __init__(self, module: magvit2.Upsampler, dtype: torch.dtype) -> None:
-        self.conv = _Conv(module.conv1, dtype)
+    def __init__(self, module: magvit2.Upsampler, dtype: torch.dtype, keep: bool) -> None:
+        self.conv = _Conv(module.conv1, dtype, keep=keep)
 
     def __call__(self, canvas: Canvas, latent: torch.Tensor) -> None:
         height, width, channels = canvas.x.shape
@@ -137,9 +176,8 @@ class _DepthToSpaceStep:
         operand[1:-1].copy_(canvas.x)
         bounds = list(canvas.strips(self.conv.out_channels))
         canvas.replace(2 * height, 2 * width, channels)
-        for first, last in bounds:
-            phases = self.conv(operand[first : last + 2]).unflatten(2, (4, -1))
-            canvas.put(phases, 2 * first, accumulate=False, phase_offset=0)
+        for first, _, phases in self.conv(operand, bounds):
+            canvas.put(phases.unflatten(2, (4, -1)), 2 * first, accumulate=False, phase_offset=0)
 
 
 @dataclass(frozen=True)
@@ -153,54 +191,67 @@ class _AdaptiveNormStep:
         canvas.rescale(scale.flatten(), shift.flatten(), self.module.gn.eps)
 
 
-def _step(module: nn.Module, dtype: torch.dtype) -> _Step:
+def _step(module: nn.Module, dtype: torch.dtype, keep: bool) -> _Step:
     if isinstance(module, (vqgan.ResidualBlock, magvit2.ResidualBlock)):
-        return _ResidualStep(module, dtype)
+        return _ResidualStep(module, dtype, keep)
     if isinstance(module, vqgan.AttentionBlock):
-        return _AttentionStep(module, dtype)
+        return _AttentionStep(module, dtype, keep)
     if isinstance(module, vqgan.Upsample):
-        return _UpsampleStep(module, dtype)
+        return _UpsampleStep(module, dtype, keep)
     if isinstance(module, magvit2.Upsampler):
-        return _DepthToSpaceStep(module, dtype)
+        return _DepthToSpaceStep(module, dtype, keep)
     if isinstance(module, magvit2.AdaptiveGroupNorm):
         return _AdaptiveNormStep(module)
     raise TypeError(f"a decoder has no step of type {type(module).__name__}")
 
 
+def unavailable() -> str | None:
+    """Why this machine cannot run a :class:`Decoder`, or None if it can."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return "this build of torch has no oneDNN convolutions; decode with Tokenizer.decode_code"
+    return native.unavailable("residual_moments_cpu") or native.unavailable("group_norm_silu_cpu")
+
+
 class Decoder:
     """Decodes code indices of one tokenizer on the CPU, in a dtype that is chosen once.
 
-    The weights are read, and for bf16 converted, when the object is made; call :meth:`refresh` after they changed. The
-    memory of the activations is kept for the next call (:attr:`nbytes`, :meth:`release`).
+    The weights are converted at the first call and kept; call :meth:`refresh` after they changed. The memory of the
+    activations is kept for the next call (:attr:`nbytes`, :meth:`release`).
 
     Args:
         tokenizer: an fp32 tokenizer on the CPU.
         dtype: ``torch.float32`` (exact) or ``torch.bfloat16`` (convolutions in bf16; 45 dB and better against fp32).
+        keep_weights: False reads the weights in place at every call and keeps no copy of them.
 
     Raises:
         ConfigError: another dtype, or a tokenizer that is not fp32.
         BackendUnavailableError: a tokenizer that is not on the CPU, or bf16 on a CPU without AVX-512.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, dtype: torch.dtype = torch.float32, keep_weights: bool = True) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"decoders run in torch.float32 or torch.bfloat16, not {dtype}")
         if tokenizer.device.type != "cpu":
             raise BackendUnavailableError(f"this decoder runs on the CPU, the tokenizer is on {tokenizer.device}")
         if tokenizer.dtype != torch.float32:
             raise ConfigError(f"the tokenizer must hold fp32 weights, not {tokenizer.dtype}; dtype= converts them")
+        reason = unavailable()
+        if reason is not None:
+            raise BackendUnavailableError(reason)
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             raise BackendUnavailableError("bf16 convolutions need a CPU with AVX-512; use dtype=torch.float32")
         self.tokenizer = tokenizer
         self.dtype = dtype
+        self._keep_weights = keep_weights
         self._arena = Arena()
         self.refresh()
 
     def refresh(self) -> None:
         """Reads the tokenizer's weights again."""
-        decoder = self.tokenizer.decoder
-        self._conv_in, self._conv_out = _Conv(decoder.conv_in, self.dtype), _Conv(decoder.conv_out, self.dtype)
-        self._steps = [_step(module, self.dtype) for module in decoder.steps()]
+        decoder, keep = self.tokenizer.decoder, self._keep_weights
+        self._conv_in = _Conv(decoder.conv_in, self.dtype, keep=keep)
+        self._conv_out = _Conv(decoder.conv_out, self.dtype, keep=keep)
+        self._steps = [_step(module, self.dtype, keep) for module in decoder.steps()]
 
     @property
     def nbytes(self) -> int:
@@ -240,10 +291,10 @@ class Decoder:
         canvas = Canvas(self._arena, self.dtype, norm_out.num_groups)
         rows = F.pad(latent[0].permute(1, 2, 0), (0, 0, 0, 0, 1, 1)).to(self.dtype)  # [h + 2, w, z]
         canvas.replace(latent.shape[2], latent.shape[3], self._conv_in.out_channels)
-        canvas.put(self._conv_in(rows), 0, accumulate=False)
+        canvas.put(self._conv_in.whole(rows), 0, accumulate=False)
         for step in self._steps:
             step(canvas, latent)
         operand = canvas.padded()
         canvas.normalised(norm_out, operand[1:-1])
-        for first, last in canvas.strips(canvas.x.shape[2]):
-            image[:, first:last].copy_(self._conv_out(operand[first : last + 2]).permute(2, 0, 1))
+        for first, last, strip in self._conv_out(operand, list(canvas.strips(canvas.x.shape[2]))):
+            image[:, first:last].copy_(strip.permute(2, 0, 1))

@@ -117,7 +117,23 @@ class Tokenizer(nn.Module):
         Raises:
             InvalidRequestError: a code out of range, or codes that do not fit ``shape``.
         """
-        return self.decode(self.lookup(codes, shape, channel_first))
+        quant = self.lookup(codes, shape, channel_first)
+        if self.runs_cpu_decoder():
+            # Imported here: the decoder's module is built on this one.
+            from gear_engine.tokenizers.decoder_fast import Decoder
+
+            return Decoder(self, keep_weights=False).decode(quant)
+        return self.decode(quant)
+
+    def runs_cpu_decoder(self) -> bool:
+        """Whether :meth:`decode_code` takes the compiled CPU decoder: fp32 on a CPU, no gradients, kernels built.
+
+        It reads the weights in place, keeps nothing, and returns what the modules return (to 1e-5 of the range).
+        """
+        from gear_engine.tokenizers import decoder_fast
+
+        plain = self.device.type == "cpu" and self.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return plain and not torch.is_grad_enabled() and decoder_fast.unavailable() is None
 
     def forward(self, x: torch.Tensor, return_distance: bool = False) -> tuple[Any, ...]:
         """``(images, diff)``; with ``return_distance`` ``(images, quant, diff, info, d)``."""
