@@ -67,7 +67,7 @@ def facts(index: int) -> dict[str, Any]:
 
 
 def sample(index: int) -> dict[str, Any]:
-    """Clocks (MHz), power (W), temperature (C) and reasons for throttling now; without the fields that are not known."""
+    """Clocks (MHz), power (W), temperature (C) and reasons for throttling now; without what is not known."""
     found = _handle(index)
     if found is None:
         return {}

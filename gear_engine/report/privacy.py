@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import re
 import socket
@@ -23,10 +24,8 @@ _COMMON = frozenset(
 def _names() -> dict[str, str]:
     """Word that must not appear -> what stands for it."""
     found = {}
-    try:
+    with contextlib.suppress(KeyError, OSError):  # a process without an entry in the user database has no name to hide
         found[getpass.getuser()] = "USER"
-    except (KeyError, OSError):
-        pass  # a process without an entry in the user database has no name to hide
     for host in {socket.gethostname(), socket.gethostname().split(".")[0]}:
         found[host] = "HOST"
     return {name: word for name, word in found.items() if len(name) >= 3 and name.lower() not in _COMMON}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -108,13 +107,6 @@ class Row:
     def reached(self) -> float | None:
         """Floor over median: 1 is the floor itself."""
         return None if self.floor is None else self.floor[0] / self.summary.median
-
-    @property
-    def gap(self) -> float | None:
-        """Seconds of the median that no entry of the breakdown accounts for."""
-        if not self.data.get("breakdown"):
-            return None
-        return max(0.0, self.summary.median - math.fsum(part["seconds"] for part in self.data["breakdown"]))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,236 @@
+"""Runs the cases of a selection and makes the record: the one place that knows the order of things.
+
+Ceilings first; then per case: prepare, check outputs, a control measurement, samples in alternation, a control
+measurement again, the parts of a step or the phases of a run. Whatever moved meanwhile is flagged on the rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gear_engine.bench import timing
+from gear_engine.bench.registry import Case, Context, Skip, Work
+from gear_engine.bench.sampling import Limits, Series, take_samples
+from gear_engine.errors import BackendUnavailableError, OutOfMemoryError
+from gear_engine.report.conditions import ConditionSampler, flags_between
+from gear_engine.report.facts import commit, device_facts, versions
+from gear_engine.report.privacy import scrub
+from gear_engine.report.record import SCHEMA_NAME, SCHEMA_VERSION, UNITS, row_id
+
+__all__ = ["Progress", "Run", "run_cases"]
+
+#: Names of dtypes in reports -> torch's.
+_RATE_DTYPES = {"cpu": {"fp32": "float32", "bf16": "bfloat16"}, "cuda": {"fp32": "float32", "bf16": "bfloat16"}}
+#: Called before every case and after every sample with the number of finished cases and the present case's name.
+Progress = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a record says about how it was made."""
+
+    command: str
+    preset: str
+    limits: Limits
+    check: bool
+    breakdown: bool
+
+
+class _Control:
+    """A short measurement of the machine itself, repeated around every case."""
+
+    _BYTES = 64 << 20
+    _SIZE = 512
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.ones(self._BYTES // 8, dtype=torch.int64, device=device)
+        self.matrix = torch.randn(self._SIZE, self._SIZE, device=device)
+
+    def measure(self) -> dict[str, float]:
+        """Read bandwidth (B/s) and fp32 multiply rate (op/s), medians of nine."""
+        calls = {"bandwidth": self.stream.sum, "rate": lambda: self.matrix @ self.matrix}
+        samples = timing.alternate(calls, device=self.device, warmup=1, repeats=9)
+        work = {"bandwidth": float(self._BYTES), "rate": 2.0 * self._SIZE**3}
+        return {name: work[name] / sorted(times)[len(times) // 2] for name, times in samples.items()}
+
+
+def _ceilings(device: torch.device) -> dict[str, Any]:
+    names = _RATE_DTYPES[device.type]
+    found = timing.measure_ceilings(device, tuple(names.values()))
+    return {
+        "bandwidth": found.read_bandwidth,
+        "bandwidth_of": "torch's sum of int64: best of 9 over 256 MiB, before and after, and of the controls over 64 MiB",
+        "rates": {name: found.multiply_rate[dtype] for name, dtype in names.items()},
+        "rates_of": "torch's product of 1024 x 1024 matrices: best of 9, before and after; fp32 also of the controls",
+    }
+
+
+def _check(work: Work) -> dict[str, dict[str, Any]]:
+    """Implementation -> outcome; the reference is not held against itself."""
+    if work.check is None:
+        return {}
+    outcomes = {}
+    expected = work.check.reference(0)
+    for implementation in work.implementations:
+        if implementation.role == "reference":
+            continue
+        output = implementation.call(0)
+        if not isinstance(output, torch.Tensor) or output.shape != expected.shape:
+            continue  # a peer whose result has another form
+        error = work.check.error(output, expected)
+        outcomes[implementation.name] = {
+            "passed": bool(error <= work.check.bound),
+            "error": error if error == error and abs(error) != float("inf") else None,
+            "bound": work.check.bound,
+            "measure": work.check.measure,
+        }
+    return outcomes
+
+
+def _row(case: Case, work: Work, series: Series) -> dict[str, Any]:
+    return {
+        "benchmark": case.benchmark.name,
+        "params": case.params,
+        "implementation": series.implementation.name,
+        "role": series.implementation.role,
+        "samples": series.samples,
+        "device_samples": series.device_samples or None,
+        "calls_per_sample": series.calls_per_sample,
+        "warmup_calls": series.warmup_calls,
+        "settled": series.settled,
+        "bytes": None if work.counts is None else work.counts.bytes,
+        "ops": None if work.counts is None else work.counts.ops,
+        "rate_dtype": work.rate_dtype,
+        "items": work.items,
+        "item": work.item,
+        "buffers": work.copies,
+        "check": None,
+        "flags": [],
+    }
+
+
+class _Recorder:
+    """Runs case after case and collects rows, conditions and what was skipped."""
+
+    def __init__(self, context: Context, run: Run) -> None:
+        self.context, self.run = context, run
+        self.sampler = ConditionSampler(context.device)
+        self.control = _Control(context.device)
+        self.rows: list[dict[str, Any]] = []
+        self.conditions: list[dict[str, Any]] = []
+        self.skipped: list[dict[str, str]] = []
+        self.last = self._condition(self.sampler.snapshot())
+
+    def _condition(self, before: Any) -> dict[str, Any]:
+        entry = self.sampler.between(before, self.sampler.snapshot()) | self.control.measure()
+        self.conditions.append(entry)
+        return entry
+
+    def best(self, name: str) -> float:
+        """The highest control measurement so far: a ceiling is not what a busy moment left of it."""
+        return max(float(entry[name]) for entry in self.conditions)
+
+    def skip(self, name: str, reason: BaseException | str) -> None:
+        self.skipped.append({"id": name, "reason": scrub(str(reason))})
+
+    def case(self, case: Case, tick: Callable[[], None]) -> None:
+        """Measures one case; what cannot run is listed under ``skipped``."""
+        try:
+            work = case.benchmark.prepare(case.params, self.context)
+        except (Skip, BackendUnavailableError, OutOfMemoryError, torch.OutOfMemoryError) as reason:
+            self.skip(case.id, reason)
+            return
+        for name, why in work.skipped.items():
+            self.skip(row_id(case.benchmark.name, case.params, name), why)
+        if not work.implementations:
+            self.skip(case.id, "no implementation was asked for that runs here")
+            return
+        outcomes = _check(work) if self.run.check else {}
+        before = self.sampler.snapshot()
+        earlier = self.last = self.last | self.control.measure()
+        every = take_samples(
+            work.implementations, copies=work.copies, limits=self.run.limits, device=self.context.device, tick=tick
+        )
+        self.last = self._condition(before)
+        flags = flags_between(earlier, self.last)
+        control = {name: (earlier[name] * self.last[name]) ** 0.5 for name in ("bandwidth", "rate")}
+        for series in every:
+            row = _row(case, work, series)
+            name = series.implementation.name
+            row["check"] = outcomes.get(name)
+            row["control"] = control
+            row["flags"] = flags + self._own_flags(row, work)
+            if self.run.breakdown and name in work.breakdown:
+                row["breakdown"] = work.breakdown[name]()
+            if name in work.timeline:
+                row["timeline"] = work.timeline[name]()
+            self.rows.append(row)
+
+    def _own_flags(self, row: dict[str, Any], work: Work) -> list[str]:
+        flags = []
+        if row["check"] is not None and not row["check"]["passed"]:
+            flags.append("output differs from the reference")
+        if not row["settled"]:
+            flags.append(f"noise above {self.run.limits.noise_bound:.0%} at the cap")
+        return flags
+
+
+def _cache_policy(context: Context) -> str:
+    if not context.rotate_bytes:
+        return "one copy of the operands, cache warm"
+    return (
+        f"operands rotated, up to 64 copies, so that {context.rotate_bytes >> 20} MiB lie between two uses of one; "
+        "models: one copy of the weights"
+    )
+
+
+def run_cases(cases: Sequence[Case], context: Context, run: Run, progress: Progress) -> dict[str, Any]:
+    """Measures ``cases`` and returns the record; see ``gear_engine/report/schema.json``.
+
+    Raises:
+        InvalidRequestError: a case's field has a value that its benchmark does not know.
+    """
+    device = context.device
+    progress(0, "ceilings of this device")
+    ceilings = _ceilings(device)
+    recorder = _Recorder(context, run)
+    for done, case in enumerate(cases):
+        progress(done, case.id)
+        recorder.case(case, lambda done=done, name=case.id: progress(done, name))  # type: ignore[misc]
+    again = _ceilings(device)
+    again["rates"] = {name: max(rate, ceilings["rates"][name]) for name, rate in again["rates"].items()}
+    again["rates"]["fp32"] = max(again["rates"]["fp32"], recorder.best("rate"))
+    again["bandwidth"] = max(again["bandwidth"], ceilings["bandwidth"], recorder.best("bandwidth"))
+    progress(len(cases), "done")
+    limits = run.limits
+    return {
+        "schema": SCHEMA_NAME,
+        "schema_version": SCHEMA_VERSION,
+        "units": UNITS,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": run.command,
+        "preset": run.preset,
+        "seed": context.seed,
+        "commit": commit(),
+        "versions": versions(),
+        "device": device_facts(device, torch.get_num_threads()),
+        "settings": {
+            "noise_bound": limits.noise_bound,
+            "max_seconds_per_row": limits.max_seconds,
+            "max_samples": limits.max_samples,
+            "min_samples": limits.min_samples,
+            "clock": "wall clock (monotonic)" + (", device events beside it" if device.type == "cuda" else ""),
+            "cache_policy": _cache_policy(context),
+            "data": f"random, seed {context.seed}; random weights",
+        },
+        "ceilings": again,
+        "conditions": recorder.conditions,
+        "rows": recorder.rows,
+        "skipped": recorder.skipped,
+    }

@@ -1,0 +1,7 @@
+"""Imports every module that registers benchmarks."""
+
+from __future__ import annotations
+
+from gear_engine.bench import suite_models, suite_ops, suite_tokenizers
+
+__all__ = ["suite_models", "suite_ops", "suite_tokenizers"]

@@ -1,0 +1,241 @@
+"""Tokenizers and whole images: codebook quantization, decoding, labels to pixels."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any
+
+import torch
+
+from gear_engine import Engine, SamplingParams
+from gear_engine.bench import counts
+from gear_engine.bench.codebook_quantize import faiss_flat, official_form
+from gear_engine.bench.inputs import (
+    BOUND,
+    RATE,
+    TORCH_DTYPES,
+    check_dtype,
+    generator_config,
+    generator_weights,
+    largest_error,
+    official_tokenizer,
+    own_backends,
+    share_unequal,
+    tokenizer,
+)
+from gear_engine.bench.registry import Benchmark, Check, Context, Implementation, Skip, Work, register
+from gear_engine.errors import InvalidRequestError
+from gear_engine.ops import backends
+from gear_engine.tokenizers.images import to_uint8
+
+METRICS = ("l2", "l2_normalized", "inner_product")
+
+
+def _quantize(params: dict[str, Any], context: Context) -> Work:
+    vectors, codes, width, metric = params["vectors"], params["codes"], params["width"], params["metric"]
+    if metric not in METRICS:
+        raise InvalidRequestError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
+    counted = counts.codebook_quantize(vectors, codes, width)
+    copies = context.copies(counted.bytes)
+    rng = context.generator()
+    codebook = torch.randn(codes, width, generator=rng, device=context.device)
+    z = [torch.randn(vectors, width, generator=rng, device=context.device) for _ in range(copies)]
+    found = backends.implementations("codebook_quantize")
+    names, skipped = own_backends("codebook_quantize", torch.float32, context)
+
+    def run(function: Any) -> Any:
+        return lambda index: function(z[index], codebook, metric)[0]
+
+    implementations = [Implementation(name, "engine", run(found[name].load())) for name in names]
+    reference = run(found["reference"].load())
+    if "reference" in context.peers:
+        implementations.append(Implementation("reference", "reference", reference))
+    if "compiled" in context.peers:
+        implementations.append(Implementation("compiled", "peer", torch.compile(reference, dynamic=False)))
+    if "faiss" in context.peers:
+        search = faiss_flat(metric, codebook.cpu()) if context.device.type == "cpu" else None
+        if search is None:
+            skipped["faiss"] = "faiss is not installed (pip install faiss-cpu), or the device is no CPU"
+        else:
+            implementations.append(Implementation("faiss", "peer", lambda index: search(z[index])))
+    if "official" in context.peers and context.official is not None:
+        official = official_form(context.official, metric, codebook)
+        implementations.append(Implementation("official", "peer", lambda index: official(z[index])))
+    # Near-ties of the product below torch may fall either way past d = 128; see the op's module.
+    bound = 0.0 if width <= 128 else 1e-3
+    check = Check(reference, share_unequal, bound, "share of indices that differ")
+    return Work(implementations, counted, "fp32", vectors, "vector", copies=copies, check=check, skipped=skipped)
+
+
+def _decode(params: dict[str, Any], context: Context) -> Work:
+    images, pixels = params["images"], params["pixels"]
+    ours = tokenizer(params["tokenizer"], context.seed, context.device)
+    rows, columns = ours.config.latent_size(pixels, pixels)
+    shape = (images, rows * columns * ours.config.num_codebooks)
+    limit = min(ours.config.codebook_size, 2**14)
+    codes = torch.randint(0, limit, shape, generator=context.generator(), device=context.device)
+    latent = ours.latent_shape(images, pixels, pixels)
+
+    def run(module: Any, latent_shape: Any) -> Any:
+        def call(index: int) -> torch.Tensor:
+            with torch.inference_mode():
+                decoded: torch.Tensor = module.decode_code(codes, latent_shape)
+                return decoded
+
+        return call
+
+    implementations = [Implementation("gear_engine", "engine", run(ours, latent))]
+    skipped: dict[str, str] = {}
+    check = None
+    if "official" in context.peers:
+        try:
+            official = run(official_tokenizer(context, params["tokenizer"], ours), list(latent))
+            implementations.append(Implementation("official", "peer", official))
+            check = Check(official, largest_error, BOUND["fp32"], "max|a-b|/max|b| of the images")
+        except Skip as reason:
+            skipped["official"] = str(reason)
+    if "compiled" in context.peers:
+        implementations.append(Implementation("compiled", "peer", torch.compile(run(ours, latent), dynamic=False)))
+    return Work(
+        implementations,
+        counts.decoder(ours.config, images, pixels, pixels),
+        "fp32",
+        images,
+        "image",
+        check=check,
+        skipped=skipped,
+    )
+
+
+def _end_to_end(params: dict[str, Any], context: Context) -> Work:
+    config = generator_config(params["model"])
+    images, total = params["images"], config.block_size
+    coder = tokenizer(params["tokenizer"], context.seed, context.device)
+    if coder.config.num_codebooks != 1 or coder.config.codebook_size != config.vocab_size:
+        raise InvalidRequestError(f"{params['tokenizer']} does not have the generator's {config.vocab_size} codes")
+    dtype, kind = TORCH_DTYPES[check_dtype(params["dtype"])]
+    names, skipped = own_backends("skinny_linear", dtype, context)
+    weights = generator_weights(config, context.seed, context.device)
+    pixels = config.grid_size * coder.config.downsample
+    latent = coder.latent_shape(images, pixels, pixels)
+    settings = SamplingParams(cfg_scale=4.0 if params["guided"] else 1.0)
+    labels = [index * 37 % config.num_classes for index in range(images)]
+    asked = "auto" if "auto" in context.backends else None
+
+    def decode(tokens: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return to_uint8(coder.decode_code(tokens.long(), latent))
+
+    implementations, timeline = [], {}
+    for name in names or ["reference"]:
+        engine = Engine(weights, max_images=images, dtype=dtype, backend=asked or name, weight_format=kind)
+
+        def call(index: int, engine: Engine = engine) -> torch.Tensor:
+            return decode(engine.generate(labels, settings, rng="philox"))
+
+        def phases(engine: Engine = engine) -> list[dict[str, Any]]:
+            return _timeline(engine, labels, settings, decode, total)
+
+        implementations.append(Implementation(name, "reference" if name == "reference" else "engine", call))
+        timeline[name] = phases
+    rollout = counts.rollout(config, images, total, params["dtype"], guided=params["guided"])
+    return Work(
+        implementations,
+        rollout + counts.decoder(coder.config, images, pixels, pixels),
+        RATE[params["dtype"]],
+        images,
+        "image",
+        timeline=timeline,
+        skipped=skipped,
+    )
+
+
+def _timeline(
+    engine: Engine, labels: list[int], settings: SamplingParams, decode: Any, total: int
+) -> list[dict[str, Any]]:
+    """Prefill, the quarters of the decode steps, image decoding; seconds since the start."""
+    marks: list[float] = []
+
+    def mark(*_: Any) -> None:
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)
+        marks.append(time.perf_counter())
+
+    start = time.perf_counter()
+    tokens = engine.generate(labels, settings, rng="philox", callback=mark)
+    decode(tokens)
+    mark()
+    at = [each - start for each in marks]
+    phases = [{"name": "prefill, token 1", "start": 0.0, "end": at[0]}]
+    edges = [0, *(round(total * part / 4) - 1 for part in (1, 2, 3, 4))]
+    for first, last in itertools.pairwise(edges):
+        if last > first:
+            phases.append({"name": f"tokens {first + 2}-{last + 1}", "start": at[first], "end": at[last]})
+    return [*phases, {"name": "image decoder", "start": at[total - 1], "end": at[total]}]
+
+
+_B, _VQ = ("LlamaGen-B",), ("VQ-16",)
+_KINDS: list[dict[str, Any]] = [
+    {"metric": ("l2_normalized",), "width": (8,)},
+    {"metric": ("l2",), "width": (14,)},
+    {"metric": ("inner_product",), "width": (256,)},
+]
+
+
+def _grids(vectors: tuple[int, ...], kinds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"vectors": vectors, "codes": (16384,), **kind} for kind in kinds]
+
+
+register(
+    Benchmark(
+        "codebook_quantize",
+        "nearest code of every latent vector",
+        _quantize,
+        {
+            "quick": _grids((4096,), [_KINDS[0]]),
+            "standard": _grids((4096,), _KINDS),
+            "full": _grids((1024, 4096, 65536), _KINDS),
+        },
+    )
+)
+register(
+    Benchmark(
+        "decoder",
+        "codes to images",
+        _decode,
+        {
+            "quick": [{"tokenizer": _VQ, "images": (1,), "pixels": (256,)}],
+            "standard": [{"tokenizer": ("VQ-16", "IBQ-16", "LFQ-16"), "images": (1, 4), "pixels": (256,)}],
+            "full": [
+                {
+                    "tokenizer": ("VQ-16", "VQ-8", "IBQ-16", "LFQ-16", "GLFQ-16"),
+                    "images": (1, 2, 4, 8, 16, 32, 64),
+                    "pixels": (256, 384, 512),
+                }
+            ],
+        },
+    )
+)
+register(
+    Benchmark(
+        "end_to_end",
+        "labels to uint8 images",
+        _end_to_end,
+        {
+            "quick": [{"model": _B, "tokenizer": _VQ, "images": (1,), "guided": (True,), "dtype": ("int8-packed",)}],
+            "standard": [
+                {"model": _B, "tokenizer": _VQ, "images": (1, 4), "guided": (True,), "dtype": ("fp32", "int8-packed")}
+            ],
+            "full": [
+                {
+                    "model": ("LlamaGen-S", "LlamaGen-B", "LlamaGen-L", "LlamaGen-XL", "LlamaGen-XXL", "LlamaGen-XXXL"),
+                    "tokenizer": _VQ,
+                    "images": (1, 2, 4, 8, 16, 32, 64),
+                    "guided": (True, False),
+                    "dtype": ("fp32", "bf16", "int8-packed"),
+                }
+            ],
+        },
+    )
+)
