@@ -263,7 +263,6 @@ def _settings(plan: Plan, models: Models, source: Source) -> list[Settings]:
             "ema": models.tokenizer_source.is_ema,
             **models.tokenizer.config.to_dict(),
         },
-        **source.settings(),
         "num_images": source.count,
         "seed": args.seed,
         "rng": args.rng,
@@ -278,4 +277,5 @@ def _settings(plan: Plan, models: Models, source: Source) -> list[Settings]:
         "image_size": models.image_size,
         "image_size_eval": args.image_size_eval or models.image_size,
     }
-    return [{**common, "sampling": dataclasses.asdict(params)} for params in plan.scales]
+    # The conditions come last: they follow from seed, rng and number, and the first difference is what is named.
+    return [{**common, "sampling": dataclasses.asdict(params), **source.settings()} for params in plan.scales]
