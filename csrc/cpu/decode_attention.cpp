@@ -46,6 +46,8 @@ void scores(const Head& head, const T* keys, const T* values, std::int64_t strid
   const std::int64_t whole = head_dim / kLanes * kLanes;
   const int rest = static_cast<int>(head_dim - whole);
   for (int j = 0; j < n; j += kLanes) {
+    const int next = n - j - kLanes < kLanes ? n - j - kLanes : kLanes;
+    prefetch_rows(keys + (j + kLanes) * stride, stride, next, head_dim);
     prefetch_rows(values + j * stride, stride, n - j < kLanes ? n - j : kLanes, head_dim);
     const T* key[kLanes];
     for (int i = 0; i < kLanes; ++i) key[i] = keys + (j + i < n ? j + i : n - 1) * stride;

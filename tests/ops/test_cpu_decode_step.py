@@ -1,0 +1,122 @@
+"""The whole step in one call has the bits of the calls that it replaces, in any batch on any threads."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from gear_engine.config import GeneratorConfig
+from gear_engine.kv_cache import StaticKVCache
+from gear_engine.models.weights import GeneratorWeights, expected_shapes
+from gear_engine.ops import GeneratorOps
+from gear_engine.ops.decode_step import decode_step, unavailable
+from gear_engine.runner import decode_step as run_step
+from tests.ops.cpu_paths import PATHS, forced, threads
+
+CPU = torch.device("cpu")
+CONFIG = GeneratorConfig(
+    dim=144, n_layer=3, n_head=4, n_kv_head=2, ffn_dim=200, vocab_size=301, block_size=100, num_classes=10
+)
+FORMATS = {
+    "float32": (torch.float32, None),
+    "bfloat16": (torch.bfloat16, None),
+    "bfloat16 packed": (torch.bfloat16, "bf16"),
+    "float32, bf16 weights": (torch.float32, "bf16"),
+    "bfloat16, int8 weights": (torch.bfloat16, "int8"),
+}
+
+
+def _weights(name: str) -> GeneratorWeights:
+    rng = torch.Generator().manual_seed(1)
+    state = {
+        key: torch.randn(*shape, generator=rng) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.1) + (len(shape) == 1)
+        for key, shape in expected_shapes(CONFIG).items()
+    }
+    dtype, kind = FORMATS[name]
+    return GeneratorWeights.from_state_dict(CONFIG, state).to(CPU, dtype, kind)  # type: ignore[arg-type]
+
+
+class Sequences:
+    """Rows with filled caches of their own."""
+
+    def __init__(self, count: int, dtype: torch.dtype) -> None:
+        rng = torch.Generator().manual_seed(2)
+        shape = StaticKVCache.shape(CONFIG, count, CONFIG.block_size)
+        self.kv = torch.randn(*shape, generator=rng).to(dtype)
+        self.kv[:, 0, :, :, 0] = 0
+        self.bias = torch.randn(count, generator=rng)
+        self.positions = torch.randint(0, CONFIG.block_size, (count,), generator=rng)
+        self.tokens = torch.randint(0, CONFIG.vocab_size, (count,), generator=rng)
+
+    def cache(self, order: list[int], slots: list[int]) -> StaticKVCache:
+        cache = StaticKVCache(CONFIG, max(slots) + 1, CONFIG.block_size, self.kv.dtype, CPU)
+        cache.kv[:, :, slots] = self.kv[:, :, order]
+        cache.prefix_bias[slots] = self.bias[order]
+        return cache
+
+    def step(self, weights: GeneratorWeights, order: list[int], slots: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        cache = self.cache(order, slots)
+        where = torch.tensor(slots), self.positions[order], self.tokens[order]
+        logits = decode_step(weights, cache, CONFIG.n_head, CONFIG.norm_eps, *where)
+        return logits, cache.kv[:, :, slots]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_has_the_bits_of_the_ops_one_by_one(path: str, name: str) -> None:
+    weights = _weights(name)
+    sequences = Sequences(5, weights.dtype)
+    rows = list(range(5))
+    with forced(path):
+        logits, kv = sequences.step(weights, rows, rows)
+        ops = dataclasses.replace(GeneratorOps.resolve(CPU, weights.dtype, "cpu"), decode_step=None)
+        cache = sequences.cache(rows, rows)
+        expected = run_step(weights, ops, cache, torch.arange(5), sequences.positions, sequences.tokens)
+    assert logits.dtype == torch.float32
+    # One by one, logits pass through the activations' dtype.
+    assert torch.equal(logits.to(weights.dtype).float(), expected)
+    assert torch.equal(kv, cache.kv)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_bits_do_not_depend_on_batch_slot_or_threads(path: str, name: str) -> None:
+    weights = _weights(name)
+    sequences = Sequences(34, weights.dtype)
+    with forced(path):
+        with threads(1):
+            alone = [sequences.step(weights, [row], [0]) for row in range(34)]
+        for count, rows in ((1, 34), (2, 1), (2, 3), (2, 16), (5, 8), (5, 17), (5, 34)):
+            with threads(count):
+                order = torch.randperm(34)[:rows].tolist()
+                logits, kv = sequences.step(weights, order, torch.randperm(rows + 3)[:rows].tolist())
+                assert torch.equal(logits, torch.cat([alone[row][0] for row in order]))
+                assert torch.equal(kv, torch.cat([alone[row][1] for row in order], dim=2))
+
+
+def test_is_what_the_compiled_backend_runs() -> None:
+    assert GeneratorOps.resolve(CPU, torch.float32, "cpu").decode_step is decode_step
+    assert GeneratorOps.resolve(CPU, torch.float32, "reference").decode_step is None
+    assert GeneratorOps.resolve(CPU, torch.float32, {"decode_attention": "reference"}).decode_step is None
+    assert "float16" in str(unavailable(CPU, torch.float16))
+
+
+@pytest.mark.parametrize(("field", "value"), [("tokens", 301), ("tokens", -1), ("positions", 100), ("slots", 5)])
+def test_indices_are_checked_before_anything_is_written(field: str, value: int) -> None:
+    weights = _weights("float32")
+    sequences = Sequences(2, torch.float32)
+    cache = sequences.cache([0, 1], [0, 1])
+    indices = {"slots": torch.arange(2), "positions": sequences.positions, "tokens": sequences.tokens}
+    indices[field] = torch.tensor([0, value])
+    with pytest.raises(IndexError, match=field.removesuffix("s")):
+        decode_step(weights, cache, CONFIG.n_head, CONFIG.norm_eps, **indices)
+    assert torch.equal(cache.kv, sequences.kv)
+
+
+def test_weights_must_fit_the_cache() -> None:
+    sequences = Sequences(1, torch.bfloat16)
+    where = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="dtype"):
+        decode_step(_weights("float32"), sequences.cache([0], [0]), CONFIG.n_head, 1e-5, where, where, where)
