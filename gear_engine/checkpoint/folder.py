@@ -10,14 +10,14 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from gear_engine.checkpoint.claims import settle
-from gear_engine.checkpoint.formats import find_weights
-from gear_engine.checkpoint.infer_generator import GeneratorOverrides
-from gear_engine.checkpoint.infer_tokenizer import TokenizerOverrides
+from gear_engine.checkpoint.formats import Kind, StateDict, find_weights
+from gear_engine.checkpoint.infer_generator import GeneratorOverrides, infer_generator
+from gear_engine.checkpoint.infer_tokenizer import TokenizerOverrides, infer_tokenizer
 from gear_engine.checkpoint.safe_read import open_checkpoint
 from gear_engine.checkpoint.safetensors_file import write_safetensors
 from gear_engine.checkpoint.strict import check_names_and_shapes, expected_shapes, finisher
@@ -32,6 +32,11 @@ __all__ = ["CONFIG_FILE", "check_target", "folder_parts", "read_generator", "rea
 CONFIG_FILE = "config.json"
 _FORMAT, _VERSION = "gear_engine", 1
 _MAX_CONFIG = 1 << 20
+_MAX_NUMBER, _MAX_EMBED_DIM = 2**64, 2**16
+#: What a configuration says and the weights' shapes do not.
+_NOT_IN_SHAPES = {"block_size", "text_attn", "rope_base", "norm_eps", "num_codebooks", "codebook_l2_norm"}
+
+Config = TypeVar("Config", GeneratorConfig, TokenizerConfig)
 
 Model = tuple[GeneratorConfig | TokenizerConfig, Mapping[str, torch.Tensor], Mapping[str, Any]]
 
@@ -111,8 +116,9 @@ def _check_digest(path: Path, expected: Any) -> None:
 
 def _read(
     folder: Path,
-    kind: str,
-    config: GeneratorConfig | TokenizerConfig,
+    kind: Kind,
+    infer: Callable[[StateDict], Config],
+    config: Config,
     build: Callable[[], torch.nn.Module],
     device: torch.device | str | None,
     dtype: torch.dtype | None,
@@ -120,17 +126,27 @@ def _read(
     path = folder / f"{kind}.safetensors"
     _check_digest(path, _entry(folder, kind).get("sha256"))
     with open_checkpoint(path) as file:
-        weights = find_weights(file.root, "generator" if kind == "generator" else "tokenizer", ema=False)
+        weights = find_weights(file.root, kind, ema=False)
+        # Before anything of the configuration's size is built: it must be the weights' own.
+        found = infer(weights.state).to_dict()
+        for field, value in config.to_dict().items():
+            if field not in _NOT_IN_SHAPES:
+                settle(f"{kind}'s {field}", (CONFIG_FILE, value), ("the weights", found[field]))
         expected = expected_shapes(build)
         check_names_and_shapes(expected, weights.state)
         wanted = {name: weights.state[name] for name in expected}
         return file.read_tensors(wanted, finisher(wanted, device, dtype))
 
 
-def _config(folder: Path, kind: str, make: Callable[..., Any]) -> tuple[Any, dict[str, Any]]:
+def _config(folder: Path, kind: Kind, make: Callable[..., Config]) -> tuple[Config, dict[str, Any]]:
     entry = _entry(folder, kind)
+    fields = entry["config"]
+    # The width of a look-up-free code is an exponent.
+    limits = {name: _MAX_EMBED_DIM if name == "codebook_embed_dim" else _MAX_NUMBER for name in fields}
+    if any(isinstance(value, int) and abs(value) > limits[name] for name, value in fields.items()):
+        raise CheckpointError(f"{folder / CONFIG_FILE}: the {kind}'s configuration has a number out of every range")
     try:
-        config = make(**entry["config"])
+        config = make(**fields)
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: the {kind}'s configuration is not possible: {error}") from error
     source = entry.get("source")
@@ -153,7 +169,16 @@ def read_generator(
     if given.image_size is not None:
         tokens = (given.image_size // (given.downsample_ratio or 16)) ** 2
         settle("tokens per image", (CONFIG_FILE, config.block_size), (f"your image_size {given.image_size}", tokens))
-    state = _read(folder, "generator", config, lambda: Transformer(config), device, dtype)
+    known = GeneratorOverrides(
+        n_head=config.n_head,
+        num_classes=config.num_classes if config.conditioning == "class" else None,
+        cls_token_num=config.cls_token_num,
+    )
+
+    def infer(state: StateDict) -> GeneratorConfig:
+        return infer_generator(state, {}, known)
+
+    state = _read(folder, "generator", infer, config, lambda: Transformer(config), device, dtype)
     return config, state, source
 
 
@@ -170,5 +195,9 @@ def read_tokenizer(
         ("downsample", given.downsample_ratio),
     ):
         settle(field, (CONFIG_FILE, getattr(config, field)), (f"your {field}", value))
-    state = _read(folder, "tokenizer", config, lambda: build_tokenizer(config), device, dtype)
+
+    def infer(state: StateDict) -> TokenizerConfig:
+        return infer_tokenizer(state, {}, TokenizerOverrides())
+
+    state = _read(folder, "tokenizer", infer, config, lambda: build_tokenizer(config), device, dtype)
     return config, state, source

@@ -188,7 +188,7 @@ def _parse_entry(data: bytes, position: int, limit: int) -> tuple[Record, int]:
         raise CheckpointError(f"record {name!r} is encrypted")
     if method != 0 or packed != size:
         raise UnsafeCheckpointError(
-            f"record {name!r} is compressed ({packed} bytes for {size}); torch.save stores its records as they are, and "
+            f"record {name!r} is compressed ({packed} bytes for {size}); torch.save stores its records as they are; "
             "TorchScript programs are not read. Save the state dict with torch.save"
         )
     if offset + _LOCAL.size + size > limit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from gear_engine.cli import convert as command
 from gear_engine.errors import CheckpointError, UnsafeCheckpointError
 from tests.checkpoint import files
 from tests.checkpoint.files import GENERATOR, HEADS, TEXT, VQ
+from tests.checkpoint.mutations import disturb, flip
 from tests.checkpoint.test_refusals import Payload
 
 
@@ -148,6 +150,49 @@ def test_a_wrong_description(stage1: Path, tmp_path: Path, change: dict[str, Any
     path.write_text("[" * 100_000)
     with pytest.raises(CheckpointError):
         load_generator(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "match"),
+    [
+        ("generator", "n_layer", 10**9, "n_layer: config.json says 1000000000, but the weights says 3"),
+        ("generator", "dim", 10**6, "dim: config.json says 1000000, but the weights says 48"),
+        ("generator", "num_classes", 8, "has_uncond_class: config.json says True"),
+        ("generator", "vocab_size", 10**30, "out of every range"),
+        ("tokenizer", "ch_mult", [1, 4], "ch_mult"),
+        ("tokenizer", "num_res_blocks", 10**9, "num_res_blocks"),
+        ("tokenizer", "codebook_embed_dim", 10**12, "out of every range"),
+        ("tokenizer", "codebook_embed_dim", "x", "not possible"),
+    ],
+)
+def test_a_description_of_other_weights(
+    stage1: Path, tmp_path: Path, part: str, field: str, value: Any, match: str
+) -> None:
+    folder = tmp_path / "saved"
+    pair = load_pair(stage1, **HEADS)
+    save_pretrained(folder, pair.generator, pair.tokenizer)
+    description = json.loads((folder / "config.json").read_text())
+    description[part]["config"][field] = value
+    (folder / "config.json").write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match=match):
+        load_pair(folder)
+
+
+def test_many_mutated_descriptions(stage1: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    save_pretrained(folder, load_generator(stage1, **HEADS))
+    path = folder / "config.json"
+    text, rng, loaded = path.read_bytes(), random.Random(0), 0
+    for index in range(400):
+        path.write_bytes(flip(rng, text) if index % 2 else disturb(rng, text))
+        try:
+            config, state, _ = read_generator(folder)
+        except CheckpointError:
+            continue
+        loaded += 1
+        assert files.generator_shapes(config) == files.generator_shapes(GENERATOR)
+        assert files.equal(state, files.generator_state())
+    assert 0 < loaded < 300
 
 
 def test_folder_overrides_must_agree(stage1: Path, tmp_path: Path) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import pytest
 import torch
 
-from gear_engine.checkpoint import open_generator, read_generator
-from gear_engine.errors import UnsafeCheckpointError
+from gear_engine.checkpoint import load_generator, load_tokenizer, open_generator, read_generator
+from gear_engine.errors import CheckpointError, UnsafeCheckpointError
+from gear_engine.hub import local_path
 from tests.checkpoint import files
 from tests.checkpoint.files import HEADS
 from tests.checkpoint.test_refusals import STATE, refused, save
@@ -42,3 +46,56 @@ def test_the_first_load_does_not_import_the_compiler(tmp_path: Path) -> None:
     assert done.stdout.strip() == "False"
     module, _ = open_generator(path, **HEADS)
     assert not any(parameter.is_meta for parameter in module.parameters())
+
+
+def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def snapshot_download(repo: str, *, revision: str, allow_patterns: list[str]) -> str:
+        asked.append((repo, revision))
+        return str(tmp_path)
+
+    def hf_hub_download(repo: str, file: str, *, revision: str) -> str:
+        asked.append((repo, file, revision))
+        if file == "absent.pt":
+            raise OSError("404")
+        return str(save(tmp_path, STATE))
+
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download, hf_hub_download=hf_hub_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert local_path("org/name@0123abc") == tmp_path
+    module = load_generator("org/name@v1.0:weights/0400000.pt", **HEADS)
+    assert files.equal(module.state_dict(), STATE)
+    assert asked == [("org/name", "0123abc"), ("org/name", "weights/0400000.pt", "v1.0")]
+    with pytest.raises(CheckpointError, match="the hub does not give it: OSError: 404"):
+        local_path("org/name@v1.0:absent.pt")
+    with pytest.raises(CheckpointError, match="pin its revision: org/name@COMMIT"):
+        local_path("org/name")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match=r"pip install gear-engine\[hub\]"):
+        local_path("org/name@v1.0")
+
+
+@pytest.mark.skipif("GEAR_OFFICIAL" not in os.environ, reason="needs a checkout of GEAR, named by GEAR_OFFICIAL")
+@pytest.mark.parametrize("name", ["VQ-16", "VQ-8", "LFQ-16", "LFQ-8", "GLFQ-16", "IBQ-16"])
+def test_official_modules_save_what_we_load(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gear_engine.config import GENERATOR_PRESETS, TOKENIZER_PRESETS
+
+    monkeypatch.syspath_prepend(os.environ["GEAR_OFFICIAL"])
+    from models import Tokenizers, llamagen, llamagen_t2i
+
+    tokenizer = Tokenizers[name]()
+    found = load_tokenizer(files.save(tmp_path / "vq.pt", {"vq": tokenizer.state_dict()}))
+    assert found.config == TOKENIZER_PRESETS[name]
+    assert files.equal(found.state_dict(), tokenizer.state_dict())
+    if name != "VQ-16":
+        return
+    model = llamagen.LlamaGen_models["LlamaGen-B"]()
+    model.setup_caches(2, 257, torch.float32)  # Its caches are then in the state dict.
+    loaded = load_generator(files.save(tmp_path / "ar.pt", {"ar": model.state_dict()}))
+    assert loaded.config == GENERATOR_PRESETS["LlamaGen-B"]
+    assert files.equal(loaded.state_dict(), dict(model.named_parameters()))
+    text = llamagen_t2i.LlamaGen_models["LlamaGen-S"](cls_token_num=300, caption_dim=2048)
+    loaded = load_generator(files.save(tmp_path / "ar.pt", {"ema": text.state_dict()}))
+    assert loaded.config == GENERATOR_PRESETS["GEAR-T2I-S"]
+    assert files.equal(loaded.state_dict(), text.state_dict())
