@@ -69,9 +69,9 @@ def test_every_instruction_set_and_dtype(isa: str, x_dtype: torch.dtype, y_dtype
     if y_dtype == torch.float32:
         assert relative_error(out, expected) <= 1e-6
     else:
-        # Rounded from values that may differ in the last bit of fp32: at most one bf16 step apart, and rarely.
+        # Rounded from values that differ by less than 2^-13: at most one bf16 step apart, and rarely.
         torch.testing.assert_close(out.float(), expected.bfloat16().float(), rtol=2**-7, atol=1e-6)
-        assert (out == expected.bfloat16()).float().mean() > 0.99
+        assert (out == expected.bfloat16()).float().mean() > 0.97
 
 
 @needs_native
