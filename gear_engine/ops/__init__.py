@@ -75,5 +75,5 @@ class GeneratorOps:
             found[op] = implementation.load()
             chosen[op] = implementation.backend
         if chosen["skinny_linear"] == chosen["decode_attention"] == "cpu":
-            found["decode_step"] = decode_step.decode_step
+            found["decode_step"] = backends.resolve("decode_step", device, dtype, "cpu").load()
         return cls(**found, backends=chosen)

@@ -8,8 +8,8 @@ The composition of :mod:`gear_engine.ops.skinny_linear` and :mod:`gear_engine.op
                 h = h + swiglu(rmsnorm(h), w1, w3) @ w2^T
     logits = norm-linear(h, output)                                                     fp32, never rounded to h's dtype
 
-made by the same kernels in the same order, so that the bits are equal; what it saves is Python between 62 short calls.
-Only compiled backends have it: without one, the runner makes the calls.
+The compiled one calls the same kernels in the same order, so that the bits are equal; what it saves is Python between
+62 short calls. Backends without it have the runner make the calls.
 
 Source: GEAR ``models/llamagen.py``.
 """
@@ -21,10 +21,10 @@ from typing import Protocol
 
 import torch
 
-from gear_engine.ops import native
+from gear_engine.ops import backends, decode_attention, native, skinny_linear
 from gear_engine.ops.skinny_linear import Weight, weight_operands
 
-__all__ = ["Block", "Cache", "Model", "decode_step", "unavailable"]
+__all__ = ["Block", "Cache", "Model", "decode_step", "reference"]
 
 
 class Block(Protocol):
@@ -73,15 +73,6 @@ class Cache(Protocol):
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why :func:`decode_step` cannot run for activations of ``dtype`` on ``device``, or None if it can."""
-    if device.type != "cpu":
-        return f"it runs on cpu, not on {device.type}"
-    if dtype not in _DTYPES:
-        return f"it takes float32 and bfloat16, not {dtype}"
-    return native.unavailable("decode_step_cpu")
-
-
 def decode_step(
     weights: Model,
     cache: Cache,
@@ -90,8 +81,10 @@ def decode_step(
     slots: torch.Tensor,
     positions: torch.Tensor,
     tokens: torch.Tensor,
+    *,
+    backend: str = "auto",
 ) -> torch.Tensor:
-    """The module's formula.
+    """The module's formula, checked, by the chosen backend.
 
     Args:
         weights: contiguous tensors, or packed linear weights, of the cache's dtype and device.
@@ -101,6 +94,7 @@ def decode_step(
         slots: int64 (R,), distinct.
         positions: int64 (R,): image-token index t of the tokens given.
         tokens: int64 (R,), in [0, vocab_size).
+        backend: as in :func:`gear_engine.ops.backends.resolve`.
 
     Returns:
         fp32 (R, vocab_size): logits of image token t + 1.
@@ -109,16 +103,54 @@ def decode_step(
         ValueError: a tensor's dtype, shape or layout does not fit.
         IndexError: a token, slot or position does not exist; nothing was written.
     """
-    words = _describe(weights, cache, n_head)
-    rows, vocab_size = tokens.shape[0], weights.tok_embeddings.shape[0]
+    rows = tokens.shape[0]
     for name, index in (("slots", slots), ("positions", positions), ("tokens", tokens)):
-        if index.shape != (rows,) or index.dtype != torch.int64 or not index.is_contiguous():
-            raise ValueError(f"{name} must be contiguous int64 ({rows},)")
-    logits = torch.empty(rows, vocab_size)
-    table = torch.tensor(words, dtype=torch.int64)
+        if index.shape != (rows,) or index.dtype != torch.int64:
+            raise ValueError(f"{name} must be int64 ({rows},)")
+    run = backends.resolve("decode_step", cache.kv.device, cache.kv.dtype, backend).load()
+    out: torch.Tensor = run(weights, cache, n_head, norm_eps, slots, positions, tokens)
+    return out
+
+
+def reference(
+    weights: Model,
+    cache: Cache,
+    n_head: int,
+    norm_eps: float,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    tokens: torch.Tensor,
+) -> torch.Tensor:
+    """The references of the parts, one after the other. Its logits pass through h's dtype."""
+    linear, attend = skinny_linear.reference, decode_attention.reference
+    h = weights.tok_embeddings[tokens]  # [R, dim]
+    for layer, block in enumerate(weights.blocks):
+        keys, values = cache.kv[layer, 0], cache.kv[layer, 1]
+        qkv = linear(h, block.wqkv, norm_weight=block.attention_norm, norm_eps=norm_eps)
+        attended = attend(qkv, keys, values, cache.prefix_bias, slots, positions, cache.rope, n_head)
+        h = linear(attended, block.wo, residual=h)
+        hidden = linear(h, block.w1, norm_weight=block.ffn_norm, norm_eps=norm_eps, gate=block.w3)
+        h = linear(hidden, block.w2, residual=h)
+    return linear(h, weights.output, norm_weight=weights.norm, norm_eps=norm_eps).float()
+
+
+def _cpu(
+    weights: Model,
+    cache: Cache,
+    n_head: int,
+    norm_eps: float,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    tokens: torch.Tensor,
+) -> torch.Tensor:
+    """Compiled. A row's bits depend on that row, its slot's cache and the weights only."""
+    words = torch.tensor(_describe(weights, cache, n_head), dtype=torch.int64)
+    slots, positions, tokens = slots.contiguous(), positions.contiguous(), tokens.contiguous()
+    logits = torch.empty(tokens.shape[0], weights.tok_embeddings.shape[0])
     native.cpu_kernels().decode_step_cpu(
-        table.data_ptr(), norm_eps, rows, tokens.data_ptr(), slots.data_ptr(), positions.data_ptr(), logits.data_ptr()
-    )
+        words.data_ptr(), norm_eps, tokens.shape[0], tokens.data_ptr(), slots.data_ptr(), positions.data_ptr(),
+        logits.data_ptr(),
+    )  # fmt: skip
     return logits
 
 
@@ -164,3 +196,14 @@ def _describe(weights: Model, cache: Cache, n_head: int) -> list[int]:
         if words[-6] != words[-9]:
             raise ValueError("w1 and w3 must be packed alike")
     return words
+
+
+backends.register("decode_step", "reference", lambda: reference)
+backends.register(
+    "decode_step",
+    "cpu",
+    lambda: _cpu,
+    devices=frozenset({"cpu"}),
+    dtypes=frozenset(_DTYPES),
+    unavailable=lambda: native.unavailable("decode_step_cpu"),
+)
