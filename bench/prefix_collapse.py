@@ -125,9 +125,7 @@ def main() -> int:
         print(f"  {name:28s}{step:9.2f} ms per step{plain / step:8.2f} x")
     sizes = result["cache_bytes"]
     megabytes = {name: size / 1e6 for name, size in sizes.items()}
-    print(
-        f"  cache, 2 rows of 256 tokens: plain {megabytes['plain']:.1f} MB, engine {megabytes['engine']:.1f} MB"
-    )
+    print(f"  cache, 2 rows of 256 tokens: plain {megabytes['plain']:.1f} MB, engine {megabytes['engine']:.1f} MB")
     print(f"  ratio {sizes['plain'] / sizes['engine']:.2f} x")
     if options.json is not None:
         options.json.write_text(json.dumps({"torch": torch.__version__, **result}, indent=1) + "\n")

@@ -77,7 +77,7 @@ def generate(
     if config.conditioning == "class":
         if emb_masks is not None and not bool((emb_masks != 0).all()):
             raise InvalidRequestError("a class label cannot be masked: leave emb_masks out for a class model")
-        condition = cond
+        condition = torch.as_tensor(cond)
     elif config.learned_uncond:
         condition = TextCondition(cond, emb_masks)
     else:

@@ -20,6 +20,7 @@ from gear_engine.models.transformer import Transformer
 from gear_engine.pipeline import Pipeline
 from gear_engine.text_encoders import QwenTextEncoder, T5TextEncoder
 from gear_engine.tokenizers import Tokenizer, build_tokenizer, to_uint8
+from gear_engine.tokenizers.decoder_fast import unavailable
 
 CLASS_CONFIG = GeneratorConfig(dim=72, n_layer=2, n_head=2, vocab_size=50, block_size=16, num_classes=7)
 GEAR_TEXT_CONFIG = CLASS_CONFIG.replace(
@@ -225,6 +226,19 @@ def test_llamagen_prompts(tokenizer: Tokenizer) -> None:
     expected = compat.generate(generator, features.states, 16, features.mask, cfg_scale=4.0, generator=rng)
     compat.release()
     assert torch.equal(tokens, expected)
+
+
+def test_decoding_in_bf16(pipe: Pipeline) -> None:
+    if unavailable() is not None or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("no bf16 convolutions on this CPU")
+    fast = Pipeline(pipe.generator, pipe.tokenizer, decode_dtype=torch.bfloat16)
+    fast.set_progress_bar_config(disable=True)
+    exact, quick = (each([1, 2], seeds=[1, 2], output_type="pt") for each in (pipe, fast))
+    assert torch.equal(exact.tokens, quick.tokens)
+    mean_square = (exact.images - quick.images).square().mean()
+    assert 0 < mean_square < 10**-4  # better than 40 dB, and not the fp32 decoder
+    with pytest.raises(ConfigError, match="decode_dtype is for the CPU"):
+        fast.to("meta")
 
 
 def test_save_and_load(pipe: Pipeline, tmp_path: Path) -> None:

@@ -1,0 +1,46 @@
+"""What a :class:`~gear_engine.pipeline.Pipeline` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from gear_engine.tokenizers import to_uint8
+
+__all__ = ["Images", "OutputType", "PipelineOutput", "arrange", "join"]
+
+#: ``"pil"``: a list of PIL images, the official pixels. ``"np"``: float32 (B, H, W, 3) in [0, 1]. ``"pt"``: floats
+#: (B, 3, H, W) in [0, 1]. ``"latent"``: no decoding, the images are the tokens.
+OutputType = Literal["pil", "np", "pt", "latent"]
+Images = list[Image.Image] | np.ndarray[Any, Any] | torch.Tensor
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """What a :class:`Pipeline` call returns.
+
+    Attributes:
+        images: see :data:`OutputType`.
+        tokens: int32 (B, block_size), the image tokens on the generator's device.
+    """
+
+    images: Images
+    tokens: torch.Tensor
+
+
+def arrange(images: torch.Tensor, output_type: OutputType) -> torch.Tensor:
+    """Decoded floats (B, 3, H, W): pixels on the CPU for ``"pil"``, floats in [0, 1] otherwise."""
+    return to_uint8(images).cpu() if output_type == "pil" else (images / 2 + 0.5).clamp(0, 1)
+
+
+def join(parts: Sequence[torch.Tensor], output_type: OutputType) -> Images:
+    """The chunks of :func:`arrange` in the form that was asked for."""
+    joined = torch.cat(list(parts))
+    if output_type == "pil":
+        return [Image.fromarray(pixels) for pixels in joined.numpy()]
+    return joined if output_type == "pt" else joined.permute(0, 2, 3, 1).float().cpu().numpy()
