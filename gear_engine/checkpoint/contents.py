@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gear_engine.checkpoint.folder import folder_parts
+from gear_engine.checkpoint.folder import folder_args, folder_parts
 from gear_engine.checkpoint.formats import Kind, contains, saved_args
 from gear_engine.checkpoint.safe_read import open_checkpoint
 
@@ -23,8 +23,11 @@ def checkpoint_parts(path: Path) -> list[str]:
 
 
 def checkpoint_args(path: Path) -> dict[str, Any]:
-    """The training program's arguments that the file has (for example ``text_encoder``), or {}."""
+    """The training program's arguments that the file has (for example ``text_encoder``), or {}.
+
+    A converted folder keeps those in ``KEPT_ARGS``.
+    """
     if path.is_dir():
-        return {}
+        return folder_args(path)
     with open_checkpoint(path) as file:
         return saved_args(file.root)

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from gear_engine import errors
-from gear_engine.checkpoint.contents import checkpoint_parts
-from gear_engine.checkpoint.folder import CONFIG_FILE, Model, check_target, write_folder
+from gear_engine.checkpoint.contents import checkpoint_args, checkpoint_parts
+from gear_engine.checkpoint.folder import CONFIG_FILE, KEPT_ARGS, Model, check_target, write_folder
 from gear_engine.checkpoint.load import PathLike, ReadGenerator, ReadTokenizer, read_generator, read_tokenizer
 from gear_engine.checkpoint.pair import check_pair
 from gear_engine.checkpoint.safe_read import open_checkpoint
@@ -129,7 +129,9 @@ def run_job(job: Mapping[str, Any]) -> dict[str, Any]:
     tokenizer: ReadTokenizer | None = None
     if "generator" in parts:
         generator = read_generator(source, ema=job["ema"], **job["generator_overrides"])
-        models["generator"] = (generator.config, generator.state, generator.source.to_dict())
+        args = checkpoint_args(source)
+        kept = {name: args[name] for name in KEPT_ARGS if isinstance(args.get(name), (str, int))}
+        models["generator"] = (generator.config, generator.state, {**generator.source.to_dict(), "args": kept})
     if not (generator and job["generator_only"]):
         tokenizer = read_tokenizer(job["tokenizer"] or source, ema=job["ema"], **job["tokenizer_overrides"])
         models["tokenizer"] = (tokenizer.config, tokenizer.state, tokenizer.source.to_dict())

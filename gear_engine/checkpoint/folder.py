@@ -27,9 +27,20 @@ from gear_engine.files import write_atomic
 from gear_engine.models.transformer import Transformer
 from gear_engine.tokenizers import build_tokenizer
 
-__all__ = ["CONFIG_FILE", "check_target", "folder_parts", "read_generator", "read_tokenizer", "write_folder"]
+__all__ = [
+    "CONFIG_FILE",
+    "KEPT_ARGS",
+    "check_target",
+    "folder_args",
+    "folder_parts",
+    "read_generator",
+    "read_tokenizer",
+    "write_folder",
+]
 
 CONFIG_FILE = "config.json"
+#: What a text model needs to know beside its weights: which encoder it was trained with, and for how many tokens.
+KEPT_ARGS = ("text_encoder", "text_max_len")
 _FORMAT, _VERSION = "gear_engine", 1
 _MAX_CONFIG = 1 << 20
 _MAX_NUMBER, _MAX_EMBED_DIM = 2**64, 2**16
@@ -93,6 +104,16 @@ def folder_parts(folder: Path) -> list[str]:
     """``["generator", "tokenizer"]`` or one of them: what the folder holds."""
     description = _describe(folder)
     return [kind for kind in ("generator", "tokenizer") if kind in description]
+
+
+def folder_args(folder: Path) -> dict[str, Any]:
+    """Those training arguments of the generator that a converted folder keeps: :data:`KEPT_ARGS`."""
+    entry = _describe(folder).get("generator")
+    source = entry.get("source") if isinstance(entry, dict) else None
+    args = source.get("args") if isinstance(source, dict) else None
+    if not isinstance(args, dict):
+        return {}
+    return {name: args[name] for name in KEPT_ARGS if isinstance(args.get(name), (str, int))}
 
 
 def _entry(folder: Path, kind: str) -> dict[str, Any]:

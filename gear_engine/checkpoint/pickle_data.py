@@ -24,7 +24,7 @@ _MARK = object()
 _U1, _U2, _U4, _U8 = struct.Struct("<B"), struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<Q")
 _I4, _F8 = struct.Struct("<i"), struct.Struct(">d")
 #: Estimated bytes per Python object that an instruction leaves behind.
-_COST = 96
+_COST = 128
 
 
 class _Machine:
@@ -176,6 +176,7 @@ class _Machine:
 
 def _long(machine: _Machine) -> int:
     raw = machine.take(machine.number(_U1))
+    machine.spend(len(raw))
     return int.from_bytes(raw, "little", signed=True)
 
 

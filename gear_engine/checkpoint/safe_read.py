@@ -24,7 +24,7 @@ from gear_engine.checkpoint.pickle_data import read_pickle
 from gear_engine.checkpoint.records import Record, RecordFile, read_into
 from gear_engine.checkpoint.stored import OtherTensor, StorageRef, StoredTensor, contiguous_stride
 from gear_engine.checkpoint.views import View, plan_views, shaped
-from gear_engine.errors import CheckpointError, UnsafeCheckpointError
+from gear_engine.errors import CheckpointError, OutOfMemoryError, UnsafeCheckpointError
 
 __all__ = ["CheckpointFile", "open_checkpoint"]
 
@@ -33,6 +33,8 @@ _RESAVE = "torch.save(torch.load(old, map_location='cpu', weights_only=True), ne
 #: Python objects that a pickle may build beyond the size of its file.
 _PICKLE_BUDGET = 40 << 20
 _MAX_HEADER = 4 << 20
+#: Names in a file may be of any length; a message is for people.
+_LONGEST_MESSAGE = 3000
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -199,7 +201,11 @@ class _Progress:
         self.position = self.crc = 0
 
     def take(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        raw = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+        size = count * dtype.itemsize
+        try:
+            raw = torch.empty(size, dtype=torch.uint8)
+        except (RuntimeError, MemoryError) as error:
+            raise OutOfMemoryError(f"a tensor of {size} bytes does not fit in memory beside what is loaded") from error
         self._read(raw.numpy().data)
         return raw.view(dtype)
 
@@ -264,8 +270,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[CheckpointFile]:
         try:
             yield CheckpointFile(path, file, status.st_size)
         except UnsafeCheckpointError as error:
-            raise UnsafeCheckpointError(f"{path}: {error}") from error
+            raise UnsafeCheckpointError(f"{path}: {str(error)[:_LONGEST_MESSAGE]}") from error
         except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from error
+            raise CheckpointError(f"{path}: {str(error)[:_LONGEST_MESSAGE]}") from error
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error

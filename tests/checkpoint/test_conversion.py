@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from gear_engine.checkpoint import (
+    checkpoint_args,
     checkpoint_hash,
     checkpoint_parts,
     convert,
@@ -68,11 +69,15 @@ def test_the_command(stage1: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         read_generator(folder, ema=False)
 
 
-def test_dtypes_survive(tmp_path: Path) -> None:
+def test_dtypes_and_the_text_encoders_name_survive(tmp_path: Path) -> None:
     state = {name: tensor.bfloat16() for name, tensor in files.generator_state(TEXT).items()}
-    path = files.save(tmp_path / "text.pt", {"ema": state})
-    convert(path, tmp_path / "out", generator_only=True, generator_overrides={**HEADS, "cls_token_num": 5})
+    args = {"text_encoder": "Qwen/Qwen3-1.7B", "text_max_len": 5, "cls_token_num": 5, "data_dir": "/secret"}
+    path = files.save(tmp_path / "text.pt", {"ema": state, "args": args})
+    convert(path, tmp_path / "out", generator_only=True, generator_overrides=HEADS)
     assert files.equal(load_generator(tmp_path / "out").state_dict(), state)
+    assert checkpoint_args(path) == args
+    assert checkpoint_args(tmp_path / "out") == {"text_encoder": "Qwen/Qwen3-1.7B", "text_max_len": 5}
+    assert "secret" not in (tmp_path / "out" / "config.json").read_text()
 
 
 def test_the_child_has_no_network(tmp_path: Path) -> None:
@@ -208,3 +213,18 @@ def test_our_safetensors_are_the_librarys(tmp_path: Path) -> None:
     state = {**files.generator_state(), "half": torch.randn(3, 5).half(), "strided": torch.randn(4, 6).t()}
     write_safetensors(tmp_path / "x.safetensors", state, {"format": "pt"})
     assert files.equal(safetensors.torch.load_file(tmp_path / "x.safetensors"), state)
+
+
+def test_a_converted_folder_samples_the_same_tokens(stage1: Path, tmp_path: Path) -> None:
+    from gear_engine.engine import Engine
+    from gear_engine.request import SamplingParams
+
+    convert(stage1, tmp_path / "out", generator_overrides=HEADS)
+    params = SamplingParams(cfg_scale=2.0, top_k=30)
+    source, converted = (
+        Engine(generator, max_images=2).generate([1, 6, 3], params, seeds=[5, 6, 7])
+        for generator in (load_generator(stage1, **HEADS), load_generator(tmp_path / "out"))
+    )
+    assert source.shape == (3, GENERATOR.block_size)
+    assert torch.equal(source, converted)
+    assert source.unique().numel() > 1

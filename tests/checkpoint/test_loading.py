@@ -48,6 +48,32 @@ def test_the_first_load_does_not_import_the_compiler(tmp_path: Path) -> None:
     assert not any(parameter.is_meta for parameter in module.parameters())
 
 
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_pickle_protocols_parameters_and_module_state_dicts(tmp_path: Path, protocol: int) -> None:
+    module = load_generator(save(tmp_path, STATE), **HEADS)
+    parameters = {name: torch.nn.Parameter(tensor) for name, tensor in STATE.items()}
+    extras = {
+        "bytes": b"abc",
+        "set": {1, 2},
+        "size": torch.Size([1]),
+        "dtype": torch.float32,
+        "big": 2**70,
+        "inf": 1e400,
+    }
+    root = {"ar": parameters, "ema": module.state_dict(), "args": {**files.ARGS, **extras}}
+    path = tmp_path / "checkpoint.pt"
+    torch.save(root, path, pickle_protocol=protocol)
+    assert files.equal(read_generator(path, **HEADS).state, STATE)
+    assert files.equal(read_generator(path, ema=False, **HEADS).state, STATE)
+
+
+def test_messages_stay_short(tmp_path: Path) -> None:
+    path = save(tmp_path, {**STATE, "x" * 100_000: STATE["norm.weight"]})
+    with pytest.raises(CheckpointError) as caught:
+        read_generator(path, **HEADS)
+    assert len(str(caught.value)) < 4000
+
+
 def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
