@@ -6,6 +6,7 @@ network to send anything to, and a crash of it loses nothing.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -79,8 +80,10 @@ def convert(
     """
     folder = Path(target)
     check_target(folder, force=force)
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.absolute().parent))
+    parent = folder.absolute().parent
+    made = [place for place in (parent, *parent.parents) if not place.exists()]
+    parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=parent))
     job = {
         "source": os.fspath(local_path(source)),
         "folder": os.fspath(scratch),
@@ -95,6 +98,9 @@ def convert(
         _move_in(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        for place in made:
+            with contextlib.suppress(OSError):  # Not empty: the conversion went well.
+                place.rmdir()
     return Conversion(folder=str(folder), **result)
 
 
@@ -113,6 +119,8 @@ def _run_offline(job: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"the process that reads {job['source']} ended with {what}: {done.stderr.strip()[-500:]}"
         ) from error
+    if "errno" in answer:
+        raise OSError(answer["errno"], answer["message"])
     if "error" in answer:
         kind = getattr(errors, answer["error"], CheckpointError)
         raise kind(answer["message"])

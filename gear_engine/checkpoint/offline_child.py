@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import sys
 from typing import Any
 
@@ -51,7 +50,7 @@ def main() -> None:
     except GearError as error:
         answer = {"error": type(error).__name__, "message": str(error)}
     except OSError as error:
-        answer = {"error": "CheckpointError", "message": f"{os.strerror(error.errno or 0)}: {error}"}
+        answer = {"errno": error.errno, "message": error.strerror or str(error)}
     answer_to.write("\n" + json.dumps(answer))
     answer_to.flush()
 

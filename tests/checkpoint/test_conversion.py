@@ -104,12 +104,25 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
     sentinel = tmp_path / "ran"
     bad = files.save(tmp_path / "bad.pt", files.stage1(extra=Payload(sentinel)))
     with pytest.raises(UnsafeCheckpointError, match="nothing was run"):
-        convert(bad, tmp_path / "out")
+        convert(bad, tmp_path / "deep" / "out")
     assert not sentinel.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.pt"]
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="is a file"):
         convert(bad, tmp_path / "file")
+
+
+def test_a_full_disk_is_no_fault_of_the_checkpoint(stage1: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+        "from gear_engine.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", limited, "convert", str(stage1), str(folder), "--n-head", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "space" in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["stage1.pt"]
 
 
 def test_save_pretrained_and_damage(stage1: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoint import fuzz
-from tests.checkpoint.mutations import BASE
+from tests.checkpoint.mutations import BASE, with_pickle
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,3 +63,22 @@ def test_the_fuzzer_notices_other_weights(tmp_path: Path) -> None:
         return config, state, type(source)(**{**vars(source), "section": "ema"})
 
     assert fuzz.read_one(fuzz.Case(live, fuzz.ROOT), tmp_path / "x", BASE, fuzz.Watch())[0] == "WRONG"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        b"}",
+        b"]",
+        b"N\x85",
+        b"\x8c\x04\xf0\x9f\x98\x80",
+        b"ctorch\nSize\n",
+        b"ccollections\nOrderedDict\n)R",
+        b"\x8a\xff" + b"\x7f" * 255,
+    ],
+)
+def test_a_pickle_of_one_instruction_repeated(code: bytes, tmp_path: Path) -> None:
+    """What three megabytes of pickle build stay within twice the file plus 64 MB: the budget ends it."""
+    data = with_pickle(b"\x80\x02" + code * (3_000_000 // len(code)) + b".")
+    outcome, detail = fuzz.read_one(fuzz.GENERATOR_CASE, tmp_path / "x", data, fuzz.Watch())
+    assert outcome.startswith("refused"), detail
