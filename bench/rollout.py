@@ -1,0 +1,246 @@
+"""All tokens of an image against the official sampler: fp32, bf16 and int8 weights, in one process, in turn.
+
+    python -m gear_engine.bench.rollout --official PATH [--model LlamaGen-B] [--images 1 8] [--tokens 256] [--json OUT]
+
+Weights are random (matrices of variance 1 / in), the same on both sides; labels and draws follow one seed. Every round
+runs each contestant once: the official ``generate`` as shipped (fp32) and moved to bf16, and gear_engine in fp32, bf16,
+and int8 weights with bf16 activations, all with ``rng="torch"``. ``x official`` divides the medians of the two;
+``of_read_%`` is (weights + average cache) of a step over its best time and the read bandwidth measured in the same run;
+``outside_%`` the share of our steps spent outside compiled calls.
+
+In fp32 the tokens must equal the official ones: images that differ are counted (near ties may; see compare_official).
+For bf16 and int8, ``kl`` is the mean divergence KL(fp32 || format) of the guided distributions and ``equal_tokens_%``
+the share of equal draws under equal noise, both along the fp32 tokens. ``best`` columns take each contestant's fastest
+round: the fairer ones on a machine with neighbours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gear_engine import Engine, SamplingParams
+from gear_engine.bench import timing
+from gear_engine.bench.inputs import generator_config, generator_weights, official_generator
+from gear_engine.bench.registry import Context, Skip
+from gear_engine.models.weights import GeneratorWeights
+from gear_engine.ops import native
+from gear_engine.ops.skinny_linear import PackKind
+from gear_engine.prefixes import label_rows
+from gear_engine.runner import decode_step, prefill
+
+CFG_SCALE = 4.0
+#: contestant -> (dtype of activations and cache, kind of packed weights)
+FORMATS: dict[str, tuple[torch.dtype, PackKind | None]] = {
+    "fp32": (torch.float32, None),
+    "bf16": (torch.bfloat16, "bf16"),
+    "int8": (torch.bfloat16, "int8"),
+}
+
+
+@dataclass
+class Case:
+    """One number of images: the engines, the official callables and what they drew."""
+
+    engines: dict[str, Engine]
+    calls: dict[str, Callable[[], torch.Tensor]]
+    labels: list[int]
+    tokens: int
+
+    @classmethod
+    def build(cls, weights: GeneratorWeights, images: int, tokens: int, seed: int, official: Path | None) -> Case:
+        rng = torch.Generator().manual_seed(seed)
+        labels = torch.randint(0, weights.config.num_classes, (images,), generator=rng).tolist()
+        engines = {
+            name: Engine(weights, max_images=images, dtype=dtype, weight_format=kind, max_new_tokens=tokens)
+            for name, (dtype, kind) in FORMATS.items()
+        }
+        params = SamplingParams(cfg_scale=CFG_SCALE)
+
+        def ours(engine: Engine) -> Callable[[], torch.Tensor]:
+            return lambda: engine.generate(labels, params, rng="torch", max_new_tokens=tokens)
+
+        calls = {f"gear_engine {name}": ours(engine) for name, engine in engines.items()}
+        if official is not None:
+            for name, dtype in (("official", torch.float32), ("official bf16", torch.bfloat16)):
+                calls[name] = _official(weights.to(dtype=dtype), labels, tokens, official)
+        return cls(engines, calls, labels, tokens)
+
+
+def _official(weights: GeneratorWeights, labels: list[int], tokens: int, checkout: Path) -> Callable[[], torch.Tensor]:
+    try:
+        model, module = official_generator(Context(torch.device("cpu"), official=checkout), weights)
+    except Skip as reason:
+        sys.exit(str(reason))
+    cond = torch.tensor(labels)
+
+    def call() -> torch.Tensor:
+        with torch.inference_mode():
+            out: torch.Tensor = module.generate(model, cond, tokens, cfg_scale=CFG_SCALE)
+        return out
+
+    return call
+
+
+def _step_bytes(engine: Engine, images: int, tokens: int) -> float:
+    """Bytes that an average step must read: every linear weight once, and the rows' keys and values so far."""
+    weights = engine.weights
+    linear = weights.output.nbytes
+    for block in weights.blocks:
+        linear += sum(weight.nbytes for weight in (block.wqkv, block.wo, block.w1, block.w3, block.w2))
+    config = weights.config
+    entry = 2 * config.n_layer * config.kv_dim * engine.dtype.itemsize
+    return linear + 2 * images * entry * (tokens / 2 + 1)
+
+
+class _Clock:
+    """Seconds inside the compiled calls of a step."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*arguments)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        return timed
+
+
+def share_outside(call: Callable[[], torch.Tensor]) -> float:
+    """Percent of a rollout's time spent outside the compiled calls and the official draw's ``exponential_``."""
+    module = native.module()
+    clock = _Clock()
+    names = ("decode_step_cpu", "sample_tokens_cpu", "skinny_linear_cpu")
+    kept = {name: getattr(module, name) for name in names}
+    draw = torch.Tensor.exponential_
+    try:
+        for name, function in kept.items():
+            setattr(module, name, clock.around(function))
+        torch.Tensor.exponential_ = lambda self, *a, **k: clock.around(lambda: draw(self, *a, **k))()  # type: ignore
+        start = time.perf_counter()
+        call()
+        total = time.perf_counter() - start
+    finally:
+        for name, function in kept.items():
+            setattr(module, name, function)
+        torch.Tensor.exponential_ = draw  # type: ignore[method-assign]
+    return 100 * (1 - clock.seconds / total)
+
+
+@torch.inference_mode()
+def guided_logits(engine: Engine, labels: list[int], drawn: torch.Tensor) -> torch.Tensor:
+    """fp32 (T, B, V): guided logits along the given tokens (B, T)."""
+    images = len(labels)
+    slots = torch.arange(2 * images)
+    logits = prefill(engine.weights, engine.ops, engine.cache, slots, label_rows(labels, images, engine.weights))
+    steps = []
+    for position in range(drawn.shape[1]):
+        cond, uncond = logits.chunk(2)
+        steps.append(uncond + (cond - uncond) * CFG_SCALE)
+        fed = drawn[:, position].long().repeat(2)
+        where = torch.full((2 * images,), position)
+        logits = decode_step(engine.weights, engine.ops, engine.cache, slots, where, fed, first_slot=0)
+    return torch.stack(steps)
+
+
+def quality(case: Case, drawn: torch.Tensor, seed: int) -> dict[str, dict[str, float]]:
+    """Error of every format against fp32, along fp32's tokens."""
+    exact = guided_logits(case.engines["fp32"], case.labels, drawn)
+    noise = torch.empty_like(exact).exponential_(1, generator=torch.Generator().manual_seed(seed))
+    expected = (exact.softmax(-1) / noise).argmax(-1)
+    found = {}
+    for name, engine in case.engines.items():
+        logits = exact if name == "fp32" else guided_logits(engine, case.labels, drawn)
+        divergence = (exact.softmax(-1) * (exact.log_softmax(-1) - logits.log_softmax(-1))).sum(-1)
+        equal = (logits.softmax(-1) / noise).argmax(-1) == expected
+        found[name] = {"kl": float(divergence.mean()), "equal_tokens_%": 100 * float(equal.float().mean())}
+    return found
+
+
+def measure(case: Case, rounds: int, seed: int) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
+    """Seconds per rollout of every contestant, in turn, and the tokens of the last round."""
+    samples: dict[str, list[float]] = {name: [] for name in case.calls}
+    drawn: dict[str, torch.Tensor] = {}
+    for _ in range(rounds):
+        for name, call in case.calls.items():
+            torch.manual_seed(seed)
+            start = time.perf_counter()
+            drawn[name] = call()
+            samples[name].append(time.perf_counter() - start)
+    return samples, drawn
+
+
+def rows_of(case: Case, rounds: int, seed: int, read: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The table of one case, and what was checked."""
+    case.engines["int8"].generate(case.labels, max_new_tokens=min(4, case.tokens))  # starts threads, touches memory
+    samples, drawn = measure(case, rounds, seed)
+    errors = quality(case, drawn["gear_engine fp32"], seed)
+    images = len(case.labels)
+    official = timing.statistics(samples["official"])["median_ms"] if "official" in samples else float("nan")
+    official_best = 1e3 * min(samples.get("official", [float("nan")]))
+    rows = []
+    for name, seconds in samples.items():
+        summary = timing.statistics([value / case.tokens for value in seconds])
+        best = 1e3 * min(seconds) / case.tokens
+        spread = {key: summary[key] for key in ("runs", "median_ms", "p10_ms", "p90_ms")}
+        row = {"images": images, "what": name, **spread, "best_ms": best}
+        row["x official"] = official / case.tokens / summary["median_ms"]
+        row["x best"] = official_best / case.tokens / best
+        format_ = name.removeprefix("gear_engine ")
+        if name != format_:
+            engine = case.engines[format_]
+            reached = _step_bytes(engine, images, case.tokens) / (best / 1e3)
+            torch.manual_seed(seed)
+            row |= {"of_read_%": 100 * reached / read, "outside_%": share_outside(case.calls[name]), **errors[format_]}
+        else:
+            row |= {"of_read_%": None, "outside_%": None, "kl": None, "equal_tokens_%": None}
+        rows.append(row)
+    checks: dict[str, Any] = {"images": images}
+    if "official" in drawn:
+        equal = drawn["official"].cpu() == drawn["gear_engine fp32"]
+        checks |= {"equal_images": int(equal.all(1).sum()), "equal_tokens_%": 100 * float(equal.float().mean())}
+    return rows, checks
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m gear_engine.bench.rollout", description=__doc__)
+    parser.add_argument("--official", type=Path, help="checkout of the official GEAR code")
+    parser.add_argument("--model", default="LlamaGen-B", help="a class-conditional preset")
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the record to this file")
+    options = parser.parse_args(arguments)
+    config = generator_config(options.model)
+    weights = generator_weights(config, options.seed, torch.device("cpu"))
+    read = timing.measure_ceilings().read_bandwidth
+    rows, checks = [], []
+    for images in options.images:
+        case = Case.build(weights, images, options.tokens, options.seed, options.official)
+        found, checked = rows_of(case, options.rounds, options.seed, read)
+        read_again = timing.measure_ceilings().read_bandwidth
+        print(f"{options.model}, {images} images, {options.tokens} tokens, guidance {CFG_SCALE}, random weights; read "
+              f"{read / 1e9:.1f} GB/s before, {read_again / 1e9:.1f} after; ms per step")  # fmt: skip
+        print(timing.render(found), f"\n{checked}\n", flush=True)
+        rows += found
+        checks.append({**checked, "read_B/s_before": read, "read_B/s_after": read_again})
+        read = read_again
+    if options.json:
+        settings = {"model": options.model, "tokens": options.tokens, "cfg_scale": CFG_SCALE, "seed": options.seed}
+        timing.write_json(options.json, {**timing.provenance(), "settings": settings, "rows": rows, "checks": checks})
+
+
+if __name__ == "__main__":
+    main()
