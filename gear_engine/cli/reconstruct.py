@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
 def reconstruct_image(tokenizer: Tokenizer, image: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], torch.Tensor]:
     """Encodes and decodes one image of any size.
 
-    It is padded at the right and bottom by its own edge to multiples of the downsample, and cropped back.
+    It is padded at the right and bottom by its own edge to multiples of the downsample, and cropped back. A latent of a
+    single position has no variance to normalise by, so there are at least two.
 
     Args:
         image: [H, W, 3] uint8.
@@ -101,7 +102,8 @@ def reconstruct_image(tokenizer: Tokenizer, image: NDArray[np.uint8]) -> tuple[N
     factor = tokenizer.config.downsample
     pixels = torch.from_numpy(image.copy()).to(tokenizer.device).permute(2, 0, 1)[None]
     floats = pixels.float() / 127.5 - 1  # [1, 3, H, W]
-    padded = F.pad(floats, (0, -width % factor, 0, -height % factor), mode="replicate").to(tokenizer.dtype)
+    right = 2 * factor - width if max(width, height) <= factor else -width % factor
+    padded = F.pad(floats, (0, right, 0, -height % factor), mode="replicate").to(tokenizer.dtype)
     with torch.no_grad():
         _, _, info = tokenizer.encode(padded)
         codes = info[2]

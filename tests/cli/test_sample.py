@@ -276,7 +276,7 @@ def transpose(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def not_a_number(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    checkpoint["ema"]["layers.1.attention.wo.weight"][3, 3] = float("nan")
+    checkpoint["ema"]["layers.0.attention.wo.weight"][3, 3] = float("nan")
     return checkpoint
 
 

@@ -18,11 +18,13 @@ IMAGE_SIZE = 64
 NUM_CLASSES = 10
 
 #: The narrowest published width, so that the number of heads is known; everything else is smaller.
-GENERATOR = GeneratorConfig(dim=384, n_layer=2, n_head=12, vocab_size=64, block_size=16, num_classes=NUM_CLASSES)
+GENERATOR = GeneratorConfig(dim=384, n_layer=1, n_head=12, vocab_size=64, block_size=16, num_classes=NUM_CLASSES)
 TEXT_GENERATOR = GENERATOR.replace(
-    conditioning="text", cls_token_num=6, caption_dim=24, n_double_stream_layers=1, num_classes=1000
+    conditioning="text", cls_token_num=6, caption_dim=24, n_double_stream_layers=1, num_classes=1000, n_layer=2
 )
-TOKENIZER = TokenizerConfig(family="vq", codebook_size=64, z_channels=32, ch=32, num_res_blocks=2)
+TOKENIZER = TokenizerConfig(
+    family="vq", codebook_size=64, z_channels=32, ch=32, ch_mult=(1, 1, 1, 1, 1), num_res_blocks=1
+)
 
 
 def moved(weights: dict[str, torch.Tensor], by: float) -> dict[str, torch.Tensor]:
