@@ -65,7 +65,7 @@ def _ceilings(device: torch.device) -> dict[str, Any]:
     found = timing.measure_ceilings(device, tuple(names.values()))
     return {
         "bandwidth": found.read_bandwidth,
-        "bandwidth_of": "torch's sum of int64: best of 9 over 256 MiB, before and after, and of the controls over 64 MiB",
+        "bandwidth_of": "torch's sum of int64: best over 256 MiB, before and after, and of the 64 MiB controls",
         "rates": {name: found.multiply_rate[dtype] for name, dtype in names.items()},
         "rates_of": "torch's product of 1024 x 1024 matrices: best of 9, before and after; fp32 also of the controls",
     }

@@ -25,8 +25,9 @@ from gear_engine.bench.inputs import (
     tokenizer,
 )
 from gear_engine.bench.registry import Benchmark, Check, Context, Implementation, Skip, Work, register
-from gear_engine.errors import InvalidRequestError
+from gear_engine.errors import BackendUnavailableError, InvalidRequestError
 from gear_engine.ops import backends
+from gear_engine.tokenizers import Decoder
 from gear_engine.tokenizers.images import to_uint8
 
 METRICS = ("l2", "l2_normalized", "inner_product")
@@ -70,6 +71,8 @@ def _quantize(params: dict[str, Any], context: Context) -> Work:
 
 def _decode(params: dict[str, Any], context: Context) -> Work:
     images, pixels = params["images"], params["pixels"]
+    if params["dtype"] not in ("fp32", "bf16"):
+        raise InvalidRequestError(f"a decoder's dtype is fp32 or bf16, not {params['dtype']!r}")
     ours = tokenizer(params["tokenizer"], context.seed, context.device)
     rows, columns = ours.config.latent_size(pixels, pixels)
     shape = (images, rows * columns * ours.config.num_codebooks)
@@ -77,35 +80,53 @@ def _decode(params: dict[str, Any], context: Context) -> Work:
     codes = torch.randint(0, limit, shape, generator=context.generator(), device=context.device)
     latent = ours.latent_shape(images, pixels, pixels)
 
-    def run(module: Any, latent_shape: Any) -> Any:
+    def inferring(decode: Any) -> Any:
         def call(index: int) -> torch.Tensor:
             with torch.inference_mode():
-                decoded: torch.Tensor = module.decode_code(codes, latent_shape)
+                decoded: torch.Tensor = decode()
                 return decoded
 
         return call
 
-    implementations = [Implementation("gear_engine", "engine", run(ours, latent))]
-    skipped: dict[str, str] = {}
-    check = None
+    # The reference: the modules' own forward, which is what torch eager does.
+    reference = inferring(lambda: ours.decode(ours.lookup(codes, latent)))
+    implementations, skipped = [], {}
+    try:
+        compiled = Decoder(ours, dtype=TORCH_DTYPES[params["dtype"]][0])
+        implementations.append(
+            Implementation("cpu", "engine", inferring(lambda: compiled.decode(ours.lookup(codes, latent))))
+        )
+    except BackendUnavailableError as reason:
+        skipped["cpu"] = str(reason)
+    if "reference" in context.peers:
+        implementations.append(Implementation("reference", "reference", reference))
     if "official" in context.peers:
         try:
-            official = run(official_tokenizer(context, params["tokenizer"], ours), list(latent))
-            implementations.append(Implementation("official", "peer", official))
-            check = Check(official, largest_error, BOUND["fp32"], "max|a-b|/max|b| of the images")
+            official = official_tokenizer(context, params["tokenizer"], ours)
+            call = inferring(lambda: official.decode_code(codes, list(latent)))
+            implementations.append(Implementation("official", "peer", call))
         except Skip as reason:
             skipped["official"] = str(reason)
     if "compiled" in context.peers:
-        implementations.append(Implementation("compiled", "peer", torch.compile(run(ours, latent), dynamic=False)))
+        implementations.append(Implementation("compiled", "peer", torch.compile(reference, dynamic=False)))
+    check = Check(reference, largest_error, BOUND["fp32"], "max|a-b|/max|b| of the images")
+    if params["dtype"] == "bf16":
+        check = Check(reference, _noise_to_peak, 10 ** (-45 / 20), "rms(a-b)/range(b) of the images; 45 dB")
     return Work(
         implementations,
         counts.decoder(ours.config, images, pixels, pixels),
-        "fp32",
+        RATE[params["dtype"]],
         images,
         "image",
         check=check,
         skipped=skipped,
     )
+
+
+def _noise_to_peak(output: torch.Tensor, reference: torch.Tensor) -> float:
+    """rms(a - b) / (max b - min b): 10^(-PSNR / 20)."""
+    spread = reference.max() - reference.min()
+    return float((output - reference).double().square().mean().sqrt() / spread)
 
 
 def _end_to_end(params: dict[str, Any], context: Context) -> Work:
@@ -205,13 +226,21 @@ register(
         "codes to images",
         _decode,
         {
-            "quick": [{"tokenizer": _VQ, "images": (1,), "pixels": (256,)}],
-            "standard": [{"tokenizer": ("VQ-16", "IBQ-16", "LFQ-16"), "images": (1, 4), "pixels": (256,)}],
+            "quick": [{"tokenizer": _VQ, "images": (1,), "pixels": (256,), "dtype": ("fp32", "bf16")}],
+            "standard": [
+                {
+                    "tokenizer": ("VQ-16", "IBQ-16", "LFQ-16"),
+                    "images": (1, 4),
+                    "pixels": (256,),
+                    "dtype": ("fp32", "bf16"),
+                }
+            ],
             "full": [
                 {
                     "tokenizer": ("VQ-16", "VQ-8", "IBQ-16", "LFQ-16", "GLFQ-16"),
                     "images": (1, 2, 4, 8, 16, 32, 64),
                     "pixels": (256, 384, 512),
+                    "dtype": ("fp32", "bf16"),
                 }
             ],
         },

@@ -30,6 +30,8 @@ COMMANDS = {
     "convert": "gear_engine.cli.convert",
     "demo": "gear_engine.cli.demo",
     "info": "gear_engine.cli.info",
+    "bench": "gear_engine.cli.bench",
+    "report": "gear_engine.cli.report",
 }
 
 DONE, STOPPED, REFUSED, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143

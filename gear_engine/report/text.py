@@ -14,7 +14,10 @@ __all__ = [
 ]  # fmt: skip
 
 #: Columns of a report's table; see :func:`row_cells`.
-COLUMNS = ("work", "implementation", "median", "IQR", "p10 – p90", "throughput", "floor", "of floor", "check", "flags")  # noqa: RUF001
+COLUMNS = (
+    "work", "implementation", "median", "IQR", "p10 to p90", "throughput", "faster than",
+    "floor", "of floor", "check", "flags",
+)  # fmt: skip
 
 
 def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
@@ -49,7 +52,7 @@ def throughput_text(row: Row) -> str:
 
 def percent(share: float | None) -> str:
     if share is None:
-        return "–"  # noqa: RUF001
+        return "-"
     return f"{100 * share:.0f}%" if share >= 0.0995 else f"{100 * share:.1f}%"
 
 
@@ -60,22 +63,31 @@ def params_text(params: dict[str, Any]) -> str:
 def check_text(row: Row) -> str:
     check = row.data["check"]
     if check is None:
-        return "–"  # noqa: RUF001
+        return "-"
     error = "not finite" if check["error"] is None else f"{check['error']:.1e}" if check["error"] else "0"
     return f"{'ok' if check['passed'] else 'DIFFERS'} ({error})"
 
 
-def row_cells(row: Row) -> dict[str, str]:
-    """A row of the table by column."""
+def against_text(row: Row, group: Sequence[Row]) -> str:
+    """How many times faster an engine's row is than the others that did the same work: ``9.1x reference``."""
+    if row.role != "engine":
+        return ""
+    others = [other for other in group if other.work == row.work and other.role != "engine"]
+    return ", ".join(f"{other.summary.median / row.summary.median:.2g}x {other.implementation}" for other in others)
+
+
+def row_cells(row: Row, group: Sequence[Row] = ()) -> dict[str, str]:
+    """A row of the table by column; ``group``: the rows of its benchmark, to be compared with."""
     summary, floor = row.summary, row.floor
     return {
         "work": params_text(row.params),
         "implementation": row.implementation,
         "median": seconds_text(summary.median),
         "IQR": seconds_text(summary.iqr),
-        "p10 – p90": f"{seconds_text(summary.p10)} – {seconds_text(summary.p90)}",  # noqa: RUF001
+        "p10 to p90": f"{seconds_text(summary.p10)} to {seconds_text(summary.p90)}",
         "throughput": throughput_text(row),
-        "floor": "–" if floor is None else f"{seconds_text(floor[0])} ({floor[1]})",  # noqa: RUF001
+        "faster than": against_text(row, group),
+        "floor": "-" if floor is None else f"{seconds_text(floor[0])} ({floor[1]})",
         "of floor": percent(row.reached),
         "check": check_text(row),
         "flags": "; ".join(row.data["flags"]),
@@ -139,10 +151,10 @@ def version_text(report: Report) -> str:
 def summary_table(record: dict[str, Any]) -> str:
     """The report as plain text for a terminal: a block per benchmark, without check and flags where there are none."""
     report = Report(record)
-    columns = ("work", "implementation", "median", "IQR", "throughput", "of floor", "check")
+    columns = ("work", "implementation", "median", "IQR", "throughput", "faster than", "of floor", "check")
     blocks = []
     for name, rows in report.by_benchmark().items():
-        cells = [row_cells(row) for row in rows]
+        cells = [row_cells(row, rows) for row in rows]
         widths = {column: max(len(cell[column]) for cell in cells) for column in columns}
         lines = ["  ".join(cell[column].ljust(widths[column]) for column in columns).rstrip() for cell in cells]
         blocks.append("\n".join([name, *("  " + line for line in lines)]))
