@@ -16,6 +16,7 @@ Source: GEAR ``models/llamagen.py``.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -144,11 +145,11 @@ def _cpu(
     tokens: torch.Tensor,
 ) -> torch.Tensor:
     """Compiled. A row's bits depend on that row, its slot's cache and the weights only."""
-    words = torch.tensor(_describe(weights, cache, n_head), dtype=torch.int64)
+    words = array("q", _describe(weights, cache, n_head))
     slots, positions, tokens = slots.contiguous(), positions.contiguous(), tokens.contiguous()
     logits = torch.empty(tokens.shape[0], weights.tok_embeddings.shape[0])
     native.cpu_kernels().decode_step_cpu(
-        words.data_ptr(), norm_eps, tokens.shape[0], tokens.data_ptr(), slots.data_ptr(), positions.data_ptr(),
+        words.buffer_info()[0], norm_eps, tokens.shape[0], tokens.data_ptr(), slots.data_ptr(), positions.data_ptr(),
         logits.data_ptr(),
     )  # fmt: skip
     return logits
