@@ -43,17 +43,34 @@ class Child:
     peak_bytes: int
 
 
+def _peak_bytes(pid: int) -> int:
+    """High-water mark of the resident size of a running process; 0 once it has gone.
+
+    Not ``ru_maxrss``: that starts at the resident size of the process that started this one.
+    """
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(lines[0].split()[1]) * 1024 if lines else 0
+
+
 def run_child(command: list[str], log: Path) -> Child:
     """Runs ``command`` to its end; raises with the end of its output if it fails."""
     start = time.perf_counter()
+    peak, pid = 0, 0
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
+        while pid == 0:
+            peak = max(peak, _peak_bytes(process.pid))
+            time.sleep(0.02)
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - start
     if process.returncode != 0:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text()[-4000:]}")
-    return Child(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    return Child(seconds, usage.ru_utime + usage.ru_stime, peak)
 
 
 def run_driver(side: str, job: dict[str, Any], folder: Path, name: str) -> tuple[Arrays, Child]:

@@ -6,7 +6,6 @@ Takes the job files of :mod:`gear_engine.bench.official_driver` and returns the 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -99,8 +98,7 @@ def main() -> None:
     if job.get("threads"):
         torch.set_num_threads(int(job["threads"]))
     result = _run_tokenizer(job) if job["task"] == "tokenizer" else _run_sampling(job)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    np.savez(job["out"], peak_rss=np.array(peak), torch=np.array(torch.__version__), **result)
+    np.savez(job["out"], torch=np.array(torch.__version__), **result)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -178,8 +177,7 @@ def main() -> None:
         with np.load(job["other_tokens"]) as stored:
             other = stored["tokens"]
     result = _run_tokenizer(job) if job["task"] == "tokenizer" else _run_sampling(job, other)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    np.savez(job["out"], peak_rss=np.array(peak), torch=np.array(torch.__version__), **result)
+    np.savez(job["out"], torch=np.array(torch.__version__), **result)
 
 
 if __name__ == "__main__":
