@@ -69,14 +69,15 @@ def run(args: argparse.Namespace) -> int:
         labels = [path.name[:24], f"{_text(row['psnr'])} dB"]
         labelled_grid([original, restored], labels, columns=2).save(args.output_dir / f"{number:04d}-{path.stem}.png")
     usage = codebook_usage(torch.cat(indices), tokenizer.quantize.num_codes)
+    mean = {name: _mean([row[name] for row in rows]) for name in _COLUMNS}
     report = {
         "tokenizer": {"file": str(args.tokenizer), "dtype": args.dtype, **tokenizer.config.to_dict()},
         "images": rows,
-        "mean": {name: _mean([row[name] for row in rows]) for name in _COLUMNS},
+        "mean": mean,
         "codebook": {**dataclasses.asdict(usage), "fraction": usage.fraction},
     }
     (args.output_dir / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    _print_table(rows, report["mean"], usage)
+    _print_table(rows, mean, usage)
     print(f"pictures and metrics.json are in {args.output_dir}")
     return 0
 
@@ -103,7 +104,7 @@ def reconstruct_image(tokenizer: Tokenizer, image: NDArray[np.uint8]) -> tuple[N
     pixels = torch.from_numpy(image.copy()).to(tokenizer.device).permute(2, 0, 1)[None]
     floats = pixels.float() / 127.5 - 1  # [1, 3, H, W]
     right = 2 * factor - width if max(width, height) <= factor else -width % factor
-    padded = F.pad(floats, (0, right, 0, -height % factor), mode="replicate").to(tokenizer.dtype)
+    padded = F.pad(floats, (0, right, 0, -height % factor), mode="replicate").contiguous().to(tokenizer.dtype)
     with torch.no_grad():
         _, _, info = tokenizer.encode(padded)
         codes = info[2]

@@ -170,7 +170,8 @@ def _sample_one(plan: Plan, source: Source, folder: RunFolder, draw: _Draw, open
         share = strided(source.count, world.size, world.rank)
         label = f"sample (process 0 of {world.size})" if world.size > 1 else "sample"
         with Progress(len(share), label, visible=world.is_main) as progress:
-            draw.on_token = progress.token
+            if world.is_main and plan.device.type == "cpu":  # On CUDA a step is too short to be worth a look.
+                draw.on_token = progress.token
             if args.rng == "philox":
                 sample_independent(folder, share, plan.batch, draw, progress.images)
             else:
