@@ -8,6 +8,7 @@
 #include "cpu/parallel.h"
 #include "cpu/residual_moments.h"
 #include "cpu/sample_tokens.h"
+#include "cpu/sign_bits.h"
 #include "cpu/skinny_linear.h"
 
 #ifdef GEAR_WITH_CUDA
@@ -48,6 +49,7 @@ PYBIND11_MODULE(_C, m) {
   op(m, "philox_cpu", &gear::cpu::philox_noise);
   op(m, "residual_moments_cpu", &gear::cpu::residual_moments);
   op(m, "sample_tokens_cpu", &gear::cpu::sample_tokens);
+  op(m, "sign_bits_cpu", &gear::cpu::sign_bits);
   op(m, "skinny_linear_cpu", &gear::cpu::skinny_linear);
 
 #ifdef GEAR_WITH_CUDA

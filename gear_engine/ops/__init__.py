@@ -20,6 +20,7 @@ from gear_engine.ops import (
     philox,
     residual_moments,
     sample_tokens,
+    sign_bits,
     skinny_linear,
 )
 
@@ -33,6 +34,7 @@ __all__ = [
     "philox",
     "residual_moments",
     "sample_tokens",
+    "sign_bits",
     "skinny_linear",
 ]
 

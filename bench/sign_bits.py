@@ -1,0 +1,29 @@
+"""Times sign_bits against torch eager: ``python -m gear_engine.bench.sign_bits``."""
+
+from __future__ import annotations
+
+import torch
+
+from gear_engine.bench import timing
+from gear_engine.ops.sign_bits import reference, sign_bits
+
+
+def main() -> None:
+    bandwidth = timing.measure_ceilings().read_bandwidth
+    rows = []
+    for n, width, groups in ((4096, 14, 1), (65536, 14, 1), (65536, 32, 4)):
+        z = torch.randn(n, width)
+        calls = {
+            "gear_engine": lambda z=z, g=groups: sign_bits(z, g),
+            "torch eager": lambda z=z, g=groups: reference(z, g),
+        }
+        for name, samples in timing.alternate(calls, budget=5).items():
+            row = timing.statistics(samples)
+            moved = 8 * n * width + 8 * n * groups  # latent read, signs and indices written
+            share = 100 * moved / (row["median_ms"] / 1e3) / bandwidth
+            rows.append({"N": n, "D": width, "groups": groups, "what": name, **row, "of_bandwidth_%": share})
+    print(timing.render(rows))
+
+
+if __name__ == "__main__":
+    main()
