@@ -41,7 +41,7 @@ test: lint pytest
 pytest: build
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-CPP := $(SOURCES)
+CPP := $(shell find csrc tests/csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
