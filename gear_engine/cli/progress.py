@@ -33,6 +33,7 @@ class Progress:
             # Not counted into images per second.
             self._bar.initial = count
             self._known_start = True
+        self._bar.set_postfix_str("", refresh=False)
         self._bar.update(count)
 
     def token(self, step: int, total: int, tokens: object = None) -> None:
