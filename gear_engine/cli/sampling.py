@@ -162,7 +162,7 @@ def sample_all(plan: Plan, models: Models, engine: Engine, source: Source) -> in
 def _sample_one(plan: Plan, source: Source, folder: RunFolder, draw: _Draw, open_folder: Callable[[], None]) -> None:
     """One folder: the images of this process, then on the main one the npz."""
     world, args = plan.world, plan.args
-    log(world, f"{folder.path}")
+    log(world, f"run folder: {folder.path}")
     if world.share(folder.npz.exists):
         log(world, "samples.npz is there already: nothing to do (remove it, or choose another --tag, to sample again)")
     else:
@@ -181,7 +181,7 @@ def _sample_one(plan: Plan, source: Source, folder: RunFolder, draw: _Draw, open
     if world.is_main:
         if args.pack_npz and not folder.npz.exists():
             folder.pack()
-            log(world, f"{folder.npz}")
+            log(world, f"packed {source.count} images: {folder.npz}")
         folder.tidy(keep_pngs=args.keep_pngs)
 
 
