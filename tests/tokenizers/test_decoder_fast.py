@@ -118,3 +118,17 @@ def test_what_cannot_be_decoded_is_refused(tokenizer: Tokenizer) -> None:
         Decoder(elsewhere)
     with pytest.raises(ConfigError, match="fp32 weights"):
         Decoder(build_tokenizer(tokenizer.config).bfloat16())
+
+
+def test_decode_code_takes_it_only_without_gradients(tokenizer: Tokenizer) -> None:
+    codes = _codes(tokenizer, 1, 2, 2)
+    modules = tokenizer.decode_code(codes)
+    assert modules.grad_fn is not None
+    assert not tokenizer.runs_cpu_decoder()
+    with torch.inference_mode():
+        assert tokenizer.runs_cpu_decoder()
+        images = tokenizer.decode_code(codes)
+        assert torch.equal(images, Decoder(tokenizer).decode_code(codes))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not tokenizer.runs_cpu_decoder()
+    assert relative_error(images, modules.detach()) <= 1e-5
