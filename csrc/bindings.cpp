@@ -10,6 +10,7 @@
 #include "cpu/sample_tokens.h"
 #include "cpu/sign_bits.h"
 #include "cpu/skinny_linear.h"
+#include "cpu/soft_readout.h"
 
 #ifdef GEAR_WITH_CUDA
 #include "cuda/codebook_quantize.h"
@@ -51,6 +52,7 @@ PYBIND11_MODULE(_C, m) {
   op(m, "sample_tokens_cpu", &gear::cpu::sample_tokens);
   op(m, "sign_bits_cpu", &gear::cpu::sign_bits);
   op(m, "skinny_linear_cpu", &gear::cpu::skinny_linear);
+  op(m, "soft_readout_cpu", &gear::cpu::soft_readout);
 
 #ifdef GEAR_WITH_CUDA
   op(m, "codebook_quantize_cuda", &gear::cuda::codebook_quantize);

@@ -22,6 +22,7 @@ from gear_engine.ops import (
     sample_tokens,
     sign_bits,
     skinny_linear,
+    soft_readout,
 )
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "sample_tokens",
     "sign_bits",
     "skinny_linear",
+    "soft_readout",
 ]
 
 
