@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from gear_engine.errors import InvalidRequestError
+from gear_engine.ops.sign_bits import sign_bits
 from gear_engine.tokenizers.losses import entropy_loss
 from gear_engine.tokenizers.quantizers import Quantizer, to_grid, to_rows
 
@@ -47,9 +48,7 @@ class LookupFreeQuantizer(Quantizer):
         if z.shape[1] != self.dim:
             raise InvalidRequestError(f"the latent must have {self.dim} channels, got {z.shape[1]}")
         rows = to_rows(z)
-        positive = rows > 0
-        signs = torch.where(positive, 1.0, -1.0).to(rows.dtype)
-        indices = (positive.reshape(-1, self.group_dim).long() << self._bits(z.device)).sum(dim=1)
+        indices, signs = sign_bits(rows.detach(), self.num_codebooks)
         distance = self.distances(z) if self.training or return_distance else None
         commit_loss = total = sample = average = rows.new_zeros(())
         if self.training:
@@ -60,5 +59,5 @@ class LookupFreeQuantizer(Quantizer):
             commit_loss = self.beta * F.mse_loss(rows, signs)
         quant = to_grid(rows + (signs - rows).detach(), z).contiguous()
         entropy = (self.entropy_loss_ratio * total, sample, average)
-        out = (quant, (None, commit_loss, entropy, 0), (None, None, indices))
+        out = (quant, (None, commit_loss, entropy, 0), (None, None, indices.reshape(-1)))
         return (*out, distance) if return_distance else out
