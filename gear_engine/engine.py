@@ -227,6 +227,7 @@ class Engine:
             stack.enter_context(torch.autocast(self.device.type, enabled=False))
             for batch in self.scheduler.schedule():
                 rows = self._row_tensors(batch, noise)
+                rows.noise.begin(rows.table, self.config.vocab_size, self.device)
                 logits, positions = self._prefill(batch, rows) if batch.is_prefill else self._decode(batch, rows)
                 tokens = rows.noise.sample(self.ops, logits, rows.table, positions)
                 self._record(batch, rows, positions, tokens, logits)
