@@ -109,8 +109,7 @@ class Engine:
     def bind(self, generator: Transformer | GeneratorWeights | None) -> None:
         """Reads other weights of the same architecture from now on; None lets go of the present ones.
 
-        Raises:
-            ConfigError: the architecture differs, or images are in flight.
+        Raises ConfigError if the architecture differs or images are in flight, OutOfMemoryError if a copy does not fit.
         """
         if self.scheduler.num_unfinished:
             raise ConfigError(f"{self.scheduler.num_unfinished} images are in flight: finish or reset() first")
@@ -120,13 +119,13 @@ class Engine:
             weights = _weights_of(generator)
             if weights.config != self.config:
                 raise ConfigError(f"the engine was built for {self.config}, not for {weights.config}")
+            copied = weights.nbytes_as(self.dtype, self.weight_format)
+            check_fits({"weights": copied}, available_bytes(self.device), "choose a smaller dtype")
             self._weights = weights.to(self.device, self.dtype, self.weight_format)
 
     def invalidate(self) -> None:
         """Forgets what was computed from the weights: to be called when they have changed in place.
-
-        Weights that were copied (another dtype, or packed) are read again by :meth:`bind` only.
-        """
+        Copied weights (another dtype, or packed) are read again by :meth:`bind` only."""
         self._prefixes.forget()
 
     def reset(self) -> None:

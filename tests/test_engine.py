@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,6 +33,15 @@ SETTINGS = [
     P(sample_logits=False),
     P(cfg_scale=2.0, cfg_interval=0),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny models: threads only wait for each other, endlessly on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _scores(label: int, params: SamplingParams, seed: int, tokens: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,17 @@ from tests.golden_weights import golden_index, golden_state_dict, load_golden, r
 CLASS = ["c2i_hd32", "c2i_hd64", "c2i_hd72", "c2i_hd100"]
 TEXT = ["t2i_causal", "t2i_prefix", "t2i_all_double"]
 LLAMAGEN_TEXT = ["llamagen_t2i_hd64", "llamagen_t2i_hd100"]
+#: Plain torch, and the best of this machine.
+BACKENDS = ["reference", "auto"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny models: threads only wait for each other, endlessly on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def golden_config(entry: dict[str, Any]) -> GeneratorConfig:
@@ -72,8 +84,8 @@ def _runs(goldens_dir: Path, name: str) -> list[tuple[int, SamplingParams, torch
     return runs
 
 
-def _check_runs(goldens_dir: Path, name: str, condition: torch.Tensor | TextCondition) -> None:
-    engine = Engine(golden_model(goldens_dir, name), max_images=len(condition))
+def _check_runs(goldens_dir: Path, name: str, condition: torch.Tensor | TextCondition, backend: str) -> None:
+    engine = Engine(golden_model(goldens_dir, name), max_images=len(condition), backend=backend)
     for seed, params, tokens in _runs(goldens_dir, name):
         torch.manual_seed(seed)
         drawn = engine.generate(condition, params, rng="torch")
@@ -81,19 +93,22 @@ def _check_runs(goldens_dir: Path, name: str, condition: torch.Tensor | TextCond
         assert torch.equal(drawn, tokens), params
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CLASS)
-def test_class_tokens(goldens_dir: Path, name: str) -> None:
-    _check_runs(goldens_dir, name, load_golden(goldens_dir, name)["cond"])
+def test_class_tokens(goldens_dir: Path, name: str, backend: str) -> None:
+    _check_runs(goldens_dir, name, load_golden(goldens_dir, name)["cond"], backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", TEXT)
-def test_text_tokens(goldens_dir: Path, name: str) -> None:
+def test_text_tokens(goldens_dir: Path, name: str, backend: str) -> None:
     golden = load_golden(goldens_dir, name)
     names = ("cond_emb", "cond_mask", "uncond_emb", "uncond_mask")
-    _check_runs(goldens_dir, name, TextCondition(*(golden[key] for key in names)))
+    _check_runs(goldens_dir, name, TextCondition(*(golden[key] for key in names)), backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", LLAMAGEN_TEXT)
-def test_llamagen_text_tokens(goldens_dir: Path, name: str) -> None:
+def test_llamagen_text_tokens(goldens_dir: Path, name: str, backend: str) -> None:
     golden = load_golden(goldens_dir, name)
-    _check_runs(goldens_dir, name, TextCondition(golden["cond"], golden["emb_masks"]))
+    _check_runs(goldens_dir, name, TextCondition(golden["cond"], golden["emb_masks"]), backend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,6 +25,15 @@ MIXED = [
     P(top_p=1e-6),
     P(top_k=10_000),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small tensors: threads only wait for each other, endlessly on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _table(params: list[SamplingParams], vocab_size: int, guided: list[bool] | None = None) -> op.SamplingTable:
