@@ -11,12 +11,13 @@ and int8 weights with bf16 activations, all with ``rng="torch"``. ``x official``
 In fp32 the tokens must equal the official ones: images that differ are counted (near ties may; see compare_official).
 For bf16 and int8, ``kl`` is the mean divergence KL(fp32 || format) of the guided distributions and ``equal_tokens_%``
 the share of equal draws under equal noise, both along the fp32 tokens. ``best`` columns take each contestant's fastest
-round: the fairer ones on a machine with neighbours.
+round, ``processor`` ones its least processor time: the fairer ones on a machine with neighbours.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -168,16 +169,25 @@ def quality(case: Case, drawn: torch.Tensor, seed: int) -> dict[str, dict[str, f
     return found
 
 
-def measure(case: Case, rounds: int, seed: int) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
-    """Seconds per rollout of every contestant, in turn, and the tokens of the last round."""
-    samples: dict[str, list[float]] = {name: [] for name in case.calls}
+@dataclass
+class Samples:
+    """Per round, one rollout's wall seconds and processor seconds of all threads (waiting ones spin on both sides)."""
+
+    wall: list[float]
+    processor: list[float]
+
+
+def measure(case: Case, rounds: int, seed: int) -> tuple[dict[str, Samples], dict[str, torch.Tensor]]:
+    """Samples of every contestant, in turn, and the tokens of the last round."""
+    samples = {name: Samples([], []) for name in case.calls}
     drawn: dict[str, torch.Tensor] = {}
     for _ in range(rounds):
         for name, call in case.calls.items():
             torch.manual_seed(seed)
-            start = time.perf_counter()
+            start, processor = time.perf_counter(), time.process_time()
             drawn[name] = call()
-            samples[name].append(time.perf_counter() - start)
+            samples[name].processor.append(time.process_time() - processor)
+            samples[name].wall.append(time.perf_counter() - start)
     return samples, drawn
 
 
@@ -187,16 +197,18 @@ def rows_of(case: Case, rounds: int, seed: int, read: float) -> tuple[list[dict[
     samples, drawn = measure(case, rounds, seed)
     errors = quality(case, drawn["gear_engine fp32"], seed)
     images = len(case.labels)
-    official = timing.statistics(samples["official"])["median_ms"] if "official" in samples else float("nan")
-    official_best = 1e3 * min(samples.get("official", [float("nan")]))
+    none = Samples([float("nan")], [float("nan")])
+    official = samples.get("official", none)
     rows = []
     for name, seconds in samples.items():
-        summary = timing.statistics([value / case.tokens for value in seconds])
-        best = 1e3 * min(seconds) / case.tokens
+        summary = timing.statistics([value / case.tokens for value in seconds.wall])
+        best = 1e3 * min(seconds.wall) / case.tokens
         spread = {key: summary[key] for key in ("runs", "median_ms", "p10_ms", "p90_ms")}
         row = {"images": images, "what": name, **spread, "best_ms": best}
-        row["x official"] = official / case.tokens / summary["median_ms"]
-        row["x best"] = official_best / case.tokens / best
+        row["processor_ms"] = 1e3 * min(seconds.processor) / case.tokens
+        row["x official"] = statistics.median(official.wall) / statistics.median(seconds.wall)
+        row["x best"] = min(official.wall) / min(seconds.wall)
+        row["x processor"] = min(official.processor) / min(seconds.processor)
         format_ = name.removeprefix("gear_engine ")
         if name != format_:
             engine = case.engines[format_]
