@@ -29,5 +29,10 @@ def goldens_dir() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _fixed_seed() -> None:
+def _fixed_seed_and_threads() -> None:
+    """One thread: the models under test are tiny, and waking threads for them costs more than they save.
+
+    Tests of what threads may not change set their own number.
+    """
+    torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ class Models:
 
     generator: Transformer
     tokenizer: Tokenizer
+    #: :meth:`Tokenizer.decode_code` in the arithmetic of ``--decode-dtype``.
+    decode_code: Callable[..., torch.Tensor]
     generator_source: Source
     tokenizer_source: Source
 
@@ -55,6 +58,8 @@ def load_models(plan: Plan) -> Models:
     from gear_engine.cli.sampling import log
 
     args = plan.args
+    # On a CPU the decoder rounds the convolutions' operands itself and keeps residuals and norms in fp32.
+    decode_dtype = dtype_of("fp32" if plan.device.type == "cpu" else args.decode_dtype)
     generator, generator_source = open_generator(
         args.ckpt_path,
         plan.device,
@@ -65,14 +70,27 @@ def load_models(plan: Plan) -> Models:
     tokenizer, tokenizer_source = open_tokenizer(
         args.vq_ckpt_path or args.ckpt_path,
         plan.device,
-        dtype_of(args.decode_dtype),
+        decode_dtype,
         ema=args.use_vq_ema,
         **_given(args, _TOKENIZER_FLAGS),
     )
     check_pair(generator.config, tokenizer.config)
     log(plan.world, f"generator: {generator_source}")
     log(plan.world, f"tokenizer: {tokenizer_source}")
-    return Models(generator.eval(), tokenizer.eval(), generator_source, tokenizer_source)
+    tokenizer = tokenizer.eval()
+    decode_code = _decoder(tokenizer, plan)
+    return Models(generator.eval(), tokenizer, decode_code, generator_source, tokenizer_source)
+
+
+def _decoder(tokenizer: Tokenizer, plan: Plan) -> Callable[..., torch.Tensor]:
+    """The weights do not change during a run: the CPU decoder packs them once."""
+    from gear_engine.cli.environment import dtype_of
+    from gear_engine.tokenizers import decoder_fast
+
+    dtype = plan.args.decode_dtype
+    if plan.device.type != "cpu" or (dtype == "fp32" and decoder_fast.unavailable() is not None):
+        return tokenizer.decode_code
+    return decoder_fast.Decoder(tokenizer, dtype=dtype_of(dtype)).decode_code
 
 
 def load_tokenizer_alone(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Tokenizer:

@@ -56,7 +56,17 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Where and with which arithmetic."""
     group = parser.add_argument_group("engine")
     group.add_argument("--dtype", choices=DTYPE_NAMES, default="fp32", help="of the generator (%(default)s)")
-    group.add_argument("--decode-dtype", choices=DTYPE_NAMES, default="fp32", help="of the tokenizer (%(default)s)")
+    group.add_argument(
+        "--weight-format",
+        choices=["bf16", "int8"],
+        help="packs the generator's linear weights: fewer bytes per step, other tokens (default: as --dtype says)",
+    )
+    group.add_argument(
+        "--decode-dtype",
+        choices=DTYPE_NAMES,
+        default="fp32",
+        help="of the decoder; bf16 on a CPU: of its convolutions' operands (%(default)s)",
+    )
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: this process's accelerator, or the CPU)")
     group.add_argument("--backend", default="auto", help="NAME, or OP=NAME,...; see gear-engine info (%(default)s)")
     group.add_argument("--tf32", default=True, action=_ON_OFF, help="TF32 products on CUDA, as officially")

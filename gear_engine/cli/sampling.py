@@ -124,7 +124,12 @@ def build_engine(plan: Plan, models: Models) -> Engine:
     from gear_engine.engine import Engine
 
     _set_arithmetic(plan)
-    return Engine(models.generator, max_images=plan.batch, backend=parse_backend(plan.args.backend))
+    return Engine(
+        models.generator,
+        max_images=plan.batch,
+        backend=parse_backend(plan.args.backend),
+        weight_format=plan.args.weight_format,
+    )
 
 
 def sample_all(plan: Plan, models: Models, engine: Engine, source: Source) -> int:
@@ -225,7 +230,7 @@ class _Draw(DrawImages):
 
         tokenizer, size = self._models.tokenizer, self._models.image_size
         shape = tokenizer.latent_shape(len(tokens), size, size)
-        images = tokenizer.decode_code(tokens, shape)
+        images = self._models.decode_code(tokens, shape)
         written = self._plan.args.image_size_eval or size
         return to_uint8(resize(images.float(), written)).cpu()
 
@@ -268,6 +273,7 @@ def _settings(plan: Plan, models: Models, source: Source) -> list[Settings]:
         "seed": args.seed,
         "rng": args.rng,
         "dtype": args.dtype,
+        "weight_format": args.weight_format,
         "decode_dtype": args.decode_dtype,
         "decode_batch": plan.decode_batch,
         "device": plan.device.type,

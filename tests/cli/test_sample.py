@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from gear_engine.cli.main import main
+from gear_engine.engine import Engine
 from gear_engine.runs.labels import random_labels, text_hash
 from tests.cli import tiny
 
@@ -66,6 +67,28 @@ def test_philox_images_depend_on_no_batch(checkpoint: Path, tmp_path: Path) -> N
         assert sample(checkpoint, tmp_path / name, "--cfg-scale", "2", "--per-proc-batch-size", batch) == 0
     one, three = (pixels(tmp_path / name / "exp" / "step0000007" / "cfg2-temp1") for name in ("one", "three"))
     assert np.array_equal(one, three)
+
+
+def test_lower_precision_is_recorded_and_close(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sample(checkpoint, tmp_path / "exact", count=2) == 0
+    assert sample(checkpoint, tmp_path / "decoder", "--decode-dtype", "bf16", count=2) == 0
+    exact, rounded = (pixels(tmp_path / name / "exp" / "step0000007" / "cfg1-temp1") for name in ("exact", "decoder"))
+    difference = np.abs(exact.astype(int) - rounded.astype(int))
+    assert difference.max() > 0 and difference.mean() < 2  # the same tokens, decoded with rounded operands
+    formats = []
+    generate = Engine.generate
+
+    def spy(engine: Engine, *args: Any, **options: Any) -> torch.Tensor:
+        formats.append(engine.weight_format)
+        return generate(engine, *args, **options)
+
+    monkeypatch.setattr(Engine, "generate", spy)
+    assert sample(checkpoint, tmp_path / "int8", "--weight-format", "int8", count=2) == 0
+    assert formats == ["int8"]
+    run = tmp_path / "int8" / "exp" / "step0000007" / "cfg1-temp1"
+    assert json.loads((run / "run.json").read_text())["settings"]["weight_format"] == "int8"
 
 
 def test_run_json_says_what_was_done(checkpoint: Path, tmp_path: Path) -> None:
