@@ -6,7 +6,7 @@ Weights are random (matrices of variance 1 / in), the same on both sides; labels
 runs each contestant once: the official ``generate`` as shipped (fp32) and moved to bf16, and gear_engine in fp32, bf16,
 and int8 weights with bf16 activations, all with ``rng="torch"``. ``x official`` divides the medians of the two;
 ``of_read_%`` is (weights + average cache) of a step over its best time and the read bandwidth measured in the same run;
-``outside_%`` the share of our steps spent outside compiled calls.
+``outside_%`` the share of our steps spent outside compiled calls (with Philox draws, which are inside).
 
 In fp32 the tokens must equal the official ones: images that differ are counted (near ties may; see compare_official).
 For bf16 and int8, ``kl`` is the mean divergence KL(fp32 || format) of the guided distributions and ``equal_tokens_%``
@@ -118,24 +118,20 @@ class _Clock:
         return timed
 
 
-def share_outside(call: Callable[[], torch.Tensor]) -> float:
-    """Percent of a rollout's time spent outside the compiled calls and the official draw's ``exponential_``."""
+def share_outside(engine: Engine, labels: list[int], tokens: int) -> float:
+    """Percent of a rollout's time spent outside the compiled calls; Philox draws, which are made inside them."""
     module = native.module()
     clock = _Clock()
-    names = ("decode_step_cpu", "sample_tokens_cpu", "skinny_linear_cpu")
-    kept = {name: getattr(module, name) for name in names}
-    draw = torch.Tensor.exponential_
+    kept = {name: getattr(module, name) for name in ("decode_step_cpu", "sample_tokens_cpu", "skinny_linear_cpu")}
     try:
         for name, function in kept.items():
             setattr(module, name, clock.around(function))
-        torch.Tensor.exponential_ = lambda self, *a, **k: clock.around(lambda: draw(self, *a, **k))()  # type: ignore
         start = time.perf_counter()
-        call()
+        engine.generate(labels, SamplingParams(cfg_scale=CFG_SCALE), max_new_tokens=tokens)
         total = time.perf_counter() - start
     finally:
         for name, function in kept.items():
             setattr(module, name, function)
-        torch.Tensor.exponential_ = draw  # type: ignore[method-assign]
     return 100 * (1 - clock.seconds / total)
 
 
@@ -213,8 +209,11 @@ def rows_of(case: Case, rounds: int, seed: int, read: float) -> tuple[list[dict[
         if name != format_:
             engine = case.engines[format_]
             reached = _step_bytes(engine, images, case.tokens) / (best / 1e3)
-            torch.manual_seed(seed)
-            row |= {"of_read_%": 100 * reached / read, "outside_%": share_outside(case.calls[name]), **errors[format_]}
+            row |= {
+                "of_read_%": 100 * reached / read,
+                "outside_%": share_outside(engine, case.labels, case.tokens),
+                **errors[format_],
+            }
         else:
             row |= {"of_read_%": None, "outside_%": None, "kl": None, "equal_tokens_%": None}
         rows.append(row)
