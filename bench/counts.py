@@ -20,10 +20,14 @@ __all__ = [
     "decode_attention",
     "decode_step",
     "decoder",
+    "group_norm_silu",
     "prefill",
+    "residual_moments",
     "rollout",
     "sample_tokens",
+    "sign_bits",
     "skinny_linear",
+    "soft_readout",
 ]
 
 #: Bytes per weight of the storage kinds.
@@ -95,6 +99,29 @@ def codebook_quantize(vectors: int, codes: int, width: int, element: int = 4) ->
     """z and the codebook read, an int64 index and the code written per vector; 2 N K d to multiply, N K to compare."""
     moved = element * width * (vectors + codes) + vectors * (8 + element * width)
     return Counts(moved, vectors * codes * (2 * width + 1))
+
+
+def sign_bits(vectors: int, width: int, groups: int, element: int = 4) -> Counts:
+    """z read, signs and an int64 index per group written; a comparison per number."""
+    return Counts(2 * element * vectors * width + 8 * vectors * groups, vectors * width)
+
+
+def soft_readout(vectors: int, codes: int, width: int, channels: int, element: int = 4) -> Counts:
+    """z, codebook and table read, the result written; 2 N K (d + C) to multiply, 4 N K for softmax."""
+    moved = element * (vectors * (width + channels) + codes * (width + channels))
+    return Counts(moved, 2 * vectors * codes * (width + channels) + 4 * vectors * codes)
+
+
+def group_norm_silu(edge: int, channels: int, groups: int, element: int = 4, out_element: int = 4) -> Counts:
+    """x and float64 moments read, the result written; 2 per number for the norm and 4 for x / (1 + exp(-x))."""
+    numbers = edge * edge * channels
+    return Counts(numbers * (element + out_element) + 16 * edge * groups + 8 * channels, 6 * numbers)
+
+
+def residual_moments(edge: int, channels: int, groups: int, element: int = 4) -> Counts:
+    """The source read, an fp32 residual and float64 moments written; 3 per number: square and two sums."""
+    numbers = edge * edge * channels
+    return Counts(numbers * (element + 4) + 16 * edge * groups, 3 * numbers)
 
 
 def _block(config: GeneratorConfig, rows: int, dtype: str, first_out: int) -> Counts:

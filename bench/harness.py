@@ -160,6 +160,8 @@ class _Recorder:
         self.last = self._condition(before)
         flags = flags_between(earlier, self.last)
         control = {name: (earlier[name] * self.last[name]) ** 0.5 for name in ("bandwidth", "rate")}
+        if "others" in self.last:
+            control["others"] = self.last["others"] + self.last["steal"]
         for series in every:
             row = _row(case, work, series)
             name = series.implementation.name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from gear_engine.bench.registry import Context, Skip
+from gear_engine.bench.counts import Counts
+from gear_engine.bench.registry import Check, Context, Implementation, Skip, Work
 from gear_engine.config import GENERATOR_PRESETS, TOKENIZER_PRESETS, GeneratorConfig
 from gear_engine.errors import InvalidRequestError
 from gear_engine.models.weights import GeneratorWeights, expected_shapes
@@ -98,6 +99,40 @@ def own_backends(op: str, dtype: torch.dtype, context: Context) -> tuple[list[st
         if name != "reference" and name not in names:
             names.append(name)
     return names, skipped
+
+
+def compiled(reference: Implementation, context: Context) -> list[Implementation]:
+    """torch.compile of the reference, if that peer was asked for."""
+    if "compiled" not in context.peers:
+        return []
+    return [Implementation("compiled", "peer", torch.compile(reference.call, dynamic=False))]
+
+
+def op_work(
+    op: str,
+    dtype: torch.dtype,
+    run: Callable[[Callable[..., Any]], Callable[[int], Any]],
+    context: Context,
+    counted: Counts,
+    items: tuple[float, str],
+    copies: int,
+    check: tuple[Callable[[Any, Any], float], float, str],
+) -> Work:
+    """The usual work of an op: its backends, the reference and its compiled form on the same operands.
+
+    Args:
+        run: takes an implementation of the op and returns ``call(i)``, which has buffers of its own to write to.
+        check: (error, bound, measure) as in :class:`~gear_engine.bench.registry.Check`.
+    """
+    found = backends.implementations(op)
+    names, skipped = own_backends(op, dtype, context)
+    implementations = [Implementation(name, "engine", run(found[name].load())) for name in names]
+    reference = Implementation("reference", "reference", run(found["reference"].load()))
+    if "reference" in context.peers:
+        implementations += [reference, *compiled(reference, context)]
+    return Work(
+        implementations, counted, "fp32", *items, copies=copies, check=Check(reference.call, *check), skipped=skipped
+    )
 
 
 def largest_error(output: torch.Tensor, reference: torch.Tensor) -> float:

@@ -2,7 +2,8 @@
 
 Warm-up until three calls in a row agree, then rounds of one sample per implementation, each round starting with
 another one, so that a machine that slows down slows all of them. An implementation is done when half the 95% interval
-of its median is at most the noise bound, or at its cap of seconds or samples; which of the two is recorded.
+of its median is at most the noise bound (after a quarter of the cap), or at its cap of seconds or samples; which of the
+two is recorded.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class Series:
     def judge(self, limits: Limits) -> None:
         """Decides whether enough was seen."""
         count = len(self.samples)
-        if count >= limits.min_samples:
+        # A quarter of the cap at least: disturbances last, and ten quick samples may all lie in one.
+        if count >= limits.min_samples and self.spent >= limits.max_seconds / 4:
             self.settled = summarize(self.device_samples or self.samples).noise <= limits.noise_bound
         over = self.spent >= limits.max_seconds and count >= limits.least_samples
         self.done = self.settled or over or count >= limits.max_samples

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from gear_engine.bench import suite_models, suite_ops, suite_tokenizers
+from gear_engine.bench import suite_coder_ops, suite_models, suite_ops, suite_tokenizers
 
-__all__ = ["suite_models", "suite_ops", "suite_tokenizers"]
+__all__ = ["suite_coder_ops", "suite_models", "suite_ops", "suite_tokenizers"]

@@ -151,7 +151,7 @@ def _step(params: dict[str, Any], context: Context) -> Work:
         counts.decode_step(config, rows, position, params["dtype"]),
         RATE[params["dtype"]],
         params["images"],
-        "image-token",
+        "token",
         check=check,
         breakdown=breakdown,
         skipped=skipped,

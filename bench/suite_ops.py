@@ -12,8 +12,10 @@ from gear_engine.bench.inputs import (
     RATE,
     TORCH_DTYPES,
     check_dtype,
+    compiled,
     generator_config,
     largest_error,
+    op_work,
     own_backends,
     share_unequal,
 )
@@ -26,15 +28,6 @@ from gear_engine.ops.skinny_linear import pack
 from gear_engine.request import SamplingParams
 
 LAYERS = ("qkv", "attention-out", "swiglu", "ffn-out", "head")
-
-
-def _compiled(implementations: list[Implementation], context: Context) -> list[Implementation]:
-    """Adds torch.compile of the reference if that peer was asked for."""
-    if "compiled" not in context.peers:
-        return implementations
-    reference = next(each for each in implementations if each.name == "reference")
-    compiled = torch.compile(reference.call, dynamic=False)
-    return [*implementations, Implementation("compiled", "peer", compiled)]
 
 
 def _linear(params: dict[str, Any], context: Context) -> Work:
@@ -88,7 +81,7 @@ def _linear(params: dict[str, Any], context: Context) -> Work:
     reference = found["reference"].load()
     if kind is None and "reference" in context.peers:
         implementations.append(Implementation("reference", "reference", run(reference, operands)))
-        implementations = _compiled(implementations, context)
+        implementations += compiled(implementations[-1], context)
     elif kind is not None and "reference" in context.peers:
         # Torch has no product with packed weights; its smallest is bf16, and unpacking at each call would be no peer.
         implementations.append(Implementation("torch-bf16", "peer", run(reference, plain)))
@@ -129,15 +122,8 @@ def _attention(params: dict[str, Any], context: Context) -> Work:
 
         return call
 
-    found = backends.implementations("decode_attention")
-    names, skipped = own_backends("decode_attention", dtype, context)
-    implementations = [Implementation(name, "engine", run(found[name].load())) for name in names]
-    reference = run(found["reference"].load())
-    if "reference" in context.peers:
-        implementations.append(Implementation("reference", "reference", reference))
-        implementations = _compiled(implementations, context)
-    check = Check(reference, largest_error, BOUND[params["dtype"]], "max|a-b|/max|b|")
-    return Work(implementations, counted, "fp32", rows, "row", copies=copies, check=check, skipped=skipped)
+    kind_of_check = (largest_error, BOUND[params["dtype"]], "max|a-b|/max|b|")
+    return op_work("decode_attention", dtype, run, context, counted, (rows, "row"), copies, kind_of_check)
 
 
 def _sampling(params: dict[str, Any], context: Context) -> Work:
@@ -158,15 +144,8 @@ def _sampling(params: dict[str, Any], context: Context) -> Work:
 
         return call
 
-    found = backends.implementations("sample_tokens")
-    names, skipped = own_backends("sample_tokens", torch.float32, context)
-    implementations = [Implementation(name, "engine", run(found[name].load())) for name in names]
-    reference = run(found["reference"].load())
-    if "reference" in context.peers:
-        implementations.append(Implementation("reference", "reference", reference))
-        implementations = _compiled(implementations, context)
-    check = Check(reference, share_unequal, 0.0, "share of tokens that differ")
-    return Work(implementations, counted, "fp32", images, "image", copies=copies, check=check, skipped=skipped)
+    kind_of_check = (share_unequal, 0.0, "share of tokens that differ")
+    return op_work("sample_tokens", torch.float32, run, context, counted, (images, "image"), copies, kind_of_check)
 
 
 _B, _MODELS = ("LlamaGen-B",), ("LlamaGen-B", "LlamaGen-XL")

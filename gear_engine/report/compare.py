@@ -2,8 +2,8 @@
 
 A row's change is the ratio of medians, other / baseline, with an interval that counts three sources of doubt: the noise
 of the samples (bootstrap), the number of rows looked at (Bonferroni), and, on one device, how much faster or slower the
-machine itself was, by the control measurements that bracket every row. When the interval is too wide to decide, the
-verdict is ``"cannot tell"``.
+machine itself was, by the control measurements that bracket every row. When the interval is too wide to decide, or
+other programs were busy while one of the rows was measured, the verdict is ``"cannot tell"``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ Verdict = Literal["faster", "slower", "equal", "cannot tell"]
 EQUAL_WITHIN = 0.05
 #: Differences below this are never named, however narrow the interval: code placement alone moves timings so much.
 SMALLEST_CHANGE = 0.02
+#: Share of CPU time of other processes beyond which a row says nothing about a change.
+DISTURBED = 0.10
 #: The control measurements agree with themselves to about this on an idle machine.
 _CONTROL_NOISE = 0.03
 
@@ -37,6 +39,7 @@ class Change:
         row, other: baseline and other; equal ids.
         ratio: median(other) / median(baseline) with its interval; above 1 is slower.
         machine: how far the machine's own speed moved between the two, as a factor >= 1; widens ``ratio``.
+        disturbed: other processes took more of the CPU than :data:`DISTURBED` while one of the two was measured.
         verdict: what the interval allows to say.
     """
 
@@ -44,6 +47,7 @@ class Change:
     other: Row
     ratio: Interval
     machine: float
+    disturbed: bool
     verdict: Verdict
 
     def regressed(self, limit: float) -> bool:
@@ -88,6 +92,10 @@ def _machine_factor(row: Row, other: Row) -> float:
     return math.exp(max(0.0, apart - _CONTROL_NOISE))
 
 
+def _disturbed(row: Row) -> bool:
+    return bool(row.data.get("control", {}).get("others", 0) > DISTURBED)
+
+
 def _verdict(ratio: Interval) -> Verdict:
     if ratio.low > 1 + SMALLEST_CHANGE:
         return "slower"
@@ -107,7 +115,8 @@ def _change(row: Row, other: Row, comparisons: int, same_device: bool) -> Change
     ratio = ratio_of_medians(row.samples, other.samples, comparisons=comparisons)
     machine = _machine_factor(row, other) if same_device else 1.0
     ratio = Interval(ratio.value, ratio.low / machine, ratio.high * machine)
-    return Change(row, other, ratio, machine, _verdict(ratio))
+    disturbed = same_device and (_disturbed(row) or _disturbed(other))
+    return Change(row, other, ratio, machine, disturbed, "cannot tell" if disturbed else _verdict(ratio))
 
 
 def compare(reports: Sequence[Report]) -> list[Comparison]:

@@ -23,6 +23,8 @@ from gear_engine.report.text import (
 __all__ = ["report_html"]
 
 _SERIES = 6
+#: A row that reaches more than this share of its floor did not meet the ceilings that were measured.
+ABOVE_FLOOR = 1.05
 
 
 def _tiles(report: Report) -> list[dict[str, str]]:
@@ -52,6 +54,7 @@ def _sections(report: Report) -> list[dict[str, Any]]:
         lines: list[dict[str, Any]] = []
         for row in rows:
             cells = row_cells(row, rows)
+            cells = {column: "" if text == "-" else text for column, text in cells.items()}
             cells["work"] = ", ".join(f"{field}={row.params[field]}" for field in fields)
             check = row.data["check"]
             lines.append(
@@ -62,7 +65,7 @@ def _sections(report: Report) -> list[dict[str, Any]]:
                     "failed": check is not None and not check["passed"],
                 }
             )
-        columns = [column for column in COLUMNS if any(line["cells"][column] not in ("", "-") for line in lines)]
+        columns = [column for column in COLUMNS if any(line["cells"][column] for line in lines)]
         caption = ", ".join(f"{field} = {value}" for field, value in shared.items())
         sections.append({"name": name, "caption": caption, "columns": columns, "lines": lines})
     return sections
@@ -160,6 +163,7 @@ def report_html(report: Report) -> str:
         latency=[Markup(svg) for svg in curve_svgs(report, throughput=False)],
         throughput=[Markup(svg) for svg in curve_svgs(report, throughput=True)],
         floors=_floors(report),
+        above_floor=any((row.reached or 0) > ABOVE_FLOOR for row in rows),
         breakdown=_stacks(breakdown_rows(report)),
         timeline=_stacks(timeline_rows(report)),
         sections=_sections(report),

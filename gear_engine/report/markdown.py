@@ -90,7 +90,7 @@ def comparison_markdown(comparisons: Sequence[Comparison]) -> str:
                 "baseline": seconds_text(change.row.summary.median),
                 "other": seconds_text(change.other.summary.median),
                 "time, 95% interval": _change_text(change),
-                "machine": f"±{change.machine - 1:.0%}" if change.machine > 1 else "",
+                "machine": "busy" if change.disturbed else f"±{change.machine - 1:.0%}" if change.machine > 1 else "",
                 "verdict": f"**{change.verdict}**" if change.verdict in ("slower", "faster") else change.verdict,
             }
             for change in comparison.changes
@@ -102,7 +102,7 @@ def comparison_markdown(comparisons: Sequence[Comparison]) -> str:
                 parts += [f"Only in the {what}: {', '.join(ids)}", ""]
     parts.append(
         'The interval covers sampling noise and the number of rows; "machine" is how far control measurements around '
-        "the two rows lie apart, by which it is widened."
+        "the two rows lie apart, by which it is widened; busy: other programs took more than a tenth of the CPU."
     )
     return "\n".join([*parts, ""])
 

@@ -17,6 +17,8 @@ __all__ = ["PLOTS", "curve_svgs", "write_pngs"]
 
 #: Colours of series, in order; told apart by people with any colour vision (Okabe and Ito), with markers beside them.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+#: The same, dark enough for white text on them.
+_FILLS = ("#0072b2", "#c65102", "#00805f", "#a8558a", "#946200", "#5560b8")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _INK, _PAPER, _RULE = "#1b1f24", "#ffffff", "#d0d7de"
 _FAMILY = "DejaVu Sans"
@@ -120,7 +122,7 @@ def _floor_figure(report: Report) -> Any | None:
         )
         axes.text(1.02, place, text, va="center", fontsize=9)
     axes.set_yticks(places, [label for label, _ in rows], fontsize=9)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100% = floor"])
     axes.tick_params(axis="y", length=0)
@@ -132,9 +134,9 @@ def _floor_figure(report: Report) -> Any | None:
 def _stack(axes: Any, place: int, parts: list[tuple[str, float, float]], total: float, colours: dict[str, str]) -> None:
     for name, start, end in parts:
         axes.barh(place, end - start, left=start, color=colours[name], height=0.62, edgecolor=_PAPER, linewidth=0.8)
-        if (end - start) / total > 0.055:
-            text = seconds_text(end - start) if (end - start) / total > 0.11 else f"{(end - start) / total:.0%}"
-            axes.text((start + end) / 2, place, text, ha="center", va="center", fontsize=8.5, color=_PAPER)
+        if (end - start) / total > 0.07:
+            middle = (start + end) / 2
+            axes.text(middle, place, seconds_text(end - start), ha="center", va="center", fontsize=8.5, color=_PAPER)
 
 
 def _stacked_figure(title: str, bars: list[tuple[str, list[tuple[str, float, float]]]]) -> Any | None:
@@ -143,7 +145,7 @@ def _stacked_figure(title: str, bars: list[tuple[str, list[tuple[str, float, flo
         return None
     plt = _pyplot()
     names = list(dict.fromkeys(name for _, parts in bars for name, _, _ in parts))
-    colours = {name: "#8c959f" if name == "gap" else COLOURS[i % (len(COLOURS) - 1)] for i, name in enumerate(names)}
+    colours = {name: "#8c959f" if name == "gap" else _FILLS[i % len(_FILLS)] for i, name in enumerate(names)}
     size = (10, 1.0 + 1.25 * len(bars))
     figure, axes = plt.subplots(len(bars), 1, figsize=size, squeeze=False, layout="constrained")
     for axis, (label, parts) in zip(axes.flat, bars, strict=True):

@@ -26,8 +26,9 @@ def _names() -> dict[str, str]:
     found = {}
     with contextlib.suppress(KeyError, OSError):  # a process without an entry in the user database has no name to hide
         found[getpass.getuser()] = "USER"
-    for host in {socket.gethostname(), socket.gethostname().split(".")[0]}:
-        found[host] = "HOST"
+    host = socket.gethostname()
+    for name in (host, host.split(".")[0]):  # the longer one is replaced first
+        found[name] = "HOST"
     return {name: word for name, word in found.items() if len(name) >= 3 and name.lower() not in _COMMON}
 
 

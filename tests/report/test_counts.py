@@ -1,0 +1,96 @@
+"""Bytes and operations of every op, worked out by hand for two shapes each."""
+
+from __future__ import annotations
+
+import pytest
+
+from gear_engine.bench import counts
+from gear_engine.bench.counts import Counts
+from gear_engine.config import GENERATOR_PRESETS, TOKENIZER_PRESETS, GeneratorConfig
+
+TINY = GeneratorConfig(dim=8, n_layer=1, n_head=2, ffn_dim=16, vocab_size=10, block_size=4, num_classes=3)
+
+
+def test_skinny_linear() -> None:
+    # weights 768 * 2304 * 4, x 2 * 768 * 4, out 2 * 2304 * 4, norm 768 * 4
+    assert counts.skinny_linear(2, 768, 2304, "fp32", norm=True) == Counts(
+        7_077_888 + 6_144 + 18_432 + 3_072, 2 * 2 * 768 * 2304 + 4 * 2 * 768
+    )
+    # two int8 weights of 10 x 100 with 10 fp32 scales each, x 3 * 100 * 4, out 3 * 10 * 4; 5 operations per output
+    assert counts.skinny_linear(3, 100, 10, "int8-packed", gate=True) == Counts(
+        2 * (1000 + 40) + 1200 + 120, 2 * 2 * 3 * 100 * 10 + 5 * 30
+    )
+    # bf16: weights 48, x 8, residual 12, out 12
+    assert counts.skinny_linear(1, 4, 6, "bf16", residual=True) == Counts(80, 48 + 6)
+
+
+def test_decode_attention() -> None:
+    # One head of 4 at the first token, fp32: qkv 48, no key, one value 16, new key and value 32, out 16, rope 16;
+    # scores 2 * 4 * 1, softmax 3 * 2, values 2 * 4 * 2, rotation 3 * 8.
+    assert counts.decode_attention(1, 1, 1, 4, 0, 4) == Counts(128, 8 + 6 + 16 + 24)
+    # Two rows, four heads on two of 8, token 3, bf16. A row: qkv 128, keys of 3 entries 96, values of 4 entries 128,
+    # new entry 64, out 64; a head: 2 * 8 * 4 + 3 * 5 + 2 * 8 * 5; rotation 3 * (4 + 2) * 8 a row.
+    assert counts.decode_attention(2, 4, 2, 8, 3, 2) == Counts(
+        2 * (128 + 96 + 128 + 64 + 64) + 32, 2 * (4 * (64 + 15 + 80) + 144)
+    )
+
+
+def test_sample_tokens() -> None:
+    # two rows of ten fp32 logits, one int64; 3 for guidance, 1 + 3 + 2
+    assert counts.sample_tokens(1, 10, guided=True) == Counts(80 + 8, 10 * 9)
+    # three rows of 100 and as much noise, three int64
+    assert counts.sample_tokens(3, 100, guided=False, noise_given=True) == Counts(2400 + 24, 300 * 6)
+
+
+def test_codebook_quantize() -> None:
+    # z 4 x 2 and codes 8 x 2 in fp32, four int64 and four codes; 2 * 4 * 8 * 2 + 4 * 8
+    assert counts.codebook_quantize(4, 8, 2) == Counts(32 + 64 + 32 + 32, 128 + 32)
+    assert counts.codebook_quantize(4096, 16384, 8) == Counts(
+        4096 * 32 + 16384 * 32 + 4096 * 8 + 4096 * 32, 4096 * 16384 * 17
+    )
+
+
+def test_coder_ops() -> None:
+    # 10 vectors of 6 read and written, two int64 each
+    assert counts.sign_bits(10, 6, 2) == Counts(240 + 240 + 160, 60)
+    assert counts.sign_bits(1, 14, 1) == Counts(56 + 56 + 8, 14)
+    # z 2 x 3, codebook 5 x 3, table 5 x 7, result 2 x 7; 2 * 10 * 10 + 4 * 10
+    assert counts.soft_readout(2, 5, 3, 7) == Counts(24 + 60 + 140 + 56, 200 + 40)
+    assert counts.soft_readout(1, 1, 1, 1) == Counts(16, 4 + 4)
+    # 4 x 4 x 32 numbers read and written, 4 rows of 32 groups with two doubles, weight and bias
+    assert counts.group_norm_silu(4, 32, 32) == Counts(2048 + 2048 + 4 * 32 * 16 + 256, 6 * 512)
+    assert counts.group_norm_silu(1, 64, 32, 4, 2) == Counts(256 + 128 + 512 + 512, 6 * 64)
+    assert counts.residual_moments(4, 32, 32) == Counts(2048 + 2048 + 2048, 3 * 512)
+    assert counts.residual_moments(2, 64, 32, 2) == Counts(512 + 1024 + 1024, 3 * 256)
+
+
+def test_decode_step() -> None:
+    # qkv 768 + 32 + 96 + 32, attention 96 + 32 + 64 + 32 + 16, wo 256 + 32 + 64, swiglu 1024 + 32 + 64 + 32,
+    # w2 512 + 64 + 64, head 320 + 32 + 40 + 32, an embedding 32
+    assert counts.decode_step(TINY, 1, 0, "fp32").bytes == 928 + 240 + 352 + 1152 + 640 + 424 + 32
+    # LlamaGen-B in bf16: 2 [L (4 d^2 + 3 d f) + V d] of weights and 4 L d bytes of cache per row and token
+    base = GENERATOR_PRESETS["LlamaGen-B"]
+    weights = 2 * (12 * (4 * 768**2 + 3 * 768 * 2048) + 16384 * 768)
+    cache = 4 * 12 * 768 * 255
+    assert counts.decode_step(base, 2, 255, "bf16").bytes == pytest.approx(weights + 2 * cache, rel=0.005)
+    assert counts.decode_step(base, 2, 255, "bf16").ops == pytest.approx(
+        2 * weights + 2 * 12 * 4 * 768 * 256, rel=0.005
+    )
+
+
+def test_prefill_and_rollout() -> None:
+    # the value rows of wqkv only: 256 + 32 + 32 + 32; wo, swiglu, w2, head as above; a table row and a mean value of 32
+    assert counts.prefill(TINY, 1, "fp32").bytes == 352 + 352 + 1152 + 640 + 424 + 64
+    step, draw = counts.decode_step(TINY, 1, 0, "fp32"), counts.sample_tokens(1, 10, guided=False)
+    assert counts.rollout(TINY, 1, 2, "fp32", guided=False) == counts.prefill(TINY, 1, "fp32") + step + draw * 2
+    longer = counts.rollout(TINY, 1, 3, "fp32", guided=True)
+    assert longer.ops > counts.rollout(TINY, 1, 2, "fp32", guided=True).ops
+
+
+def test_decoder() -> None:
+    # 253 GFLOP for a 256 px image through VQ-16; four times the pixels, four times the convolutions
+    one = counts.decoder(TOKENIZER_PRESETS["VQ-16"], 1, 256, 256)
+    assert one.ops == pytest.approx(253e9, rel=0.01)
+    two = counts.decoder(TOKENIZER_PRESETS["VQ-16"], 2, 256, 256)
+    assert two.ops == 2 * one.ops
+    assert two.bytes - one.bytes == 4 * 3 * 256 * 256 + 8 * 16 * 16
