@@ -16,12 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: Rooms from the bottom up: a room may import rooms of lower floors, and itself. A new module needs a floor here.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "_C"}),
+    # Kernels import nothing from above; ops loads a Triton kernel by name when it is chosen.
+    frozenset({"errors", "_C", "triton_kernels"}),
     frozenset({"caption_cleaning", "config", "files", "hub", "request"}),
     frozenset({"scheduler"}),
     frozenset({"ops"}),
-    # Above ops for the types of its contracts; ops loads a Triton kernel by name when it is chosen.
-    frozenset({"triton_kernels"}),
     frozenset({"models", "metrics", "text_encoders"}),
     frozenset({"kv_cache"}),
     frozenset({"memory", "sampler"}),
