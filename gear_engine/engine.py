@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +19,8 @@ from gear_engine.prefixes import PrefixEncoder, caption_condition, check_conditi
 from gear_engine.request import ImageRequest, RngMode, SamplingParams, check_length, check_source
 from gear_engine.rows import RowTensors
 from gear_engine.runner import decode_step, prefill
-from gear_engine.sampler import Noise, TorchNoise
-from gear_engine.scheduler import ScheduledBatch, ScheduledImage, Scheduler
+from gear_engine.sampler import FiniteWatch, Noise, TorchNoise
+from gear_engine.scheduler import ScheduledBatch, Scheduler
 
 __all__ = ["Engine", "FinishedImage"]
 
@@ -102,6 +101,7 @@ class Engine:
         self.cache = StaticKVCache(config, 2 * max_images, self.max_new_tokens, self.dtype, self.device)
         self._tokens = torch.zeros(2 * max_images, self.max_new_tokens, dtype=torch.int64, device=self.device)
         self._prefixes = PrefixEncoder()
+        self._watch = FiniteWatch(self.device)
         self._weights: GeneratorWeights | None = None
         self.bind(weights)
         self.reset()
@@ -133,6 +133,10 @@ class Engine:
         self.scheduler.clear()
         self._finished: list[FinishedImage] = []
         self._rows: RowTensors | None = None
+        if self._watch.broken():
+            # Entries that a mask hides are multiplied by a weight of 0, which does not hide a NaN.
+            self.cache.kv.zero_()
+            self._watch.clear()
 
     @property
     def weights(self) -> GeneratorWeights:
@@ -210,6 +214,8 @@ class Engine:
                     callback(step, steps, out)
         finally:
             # Nothing is left after a complete run; after an exception the unfinished images go.
+            if noise is not None:
+                noise.close()
             self.reset()
         return out
 
@@ -221,9 +227,7 @@ class Engine:
         return self._step(None)
 
     def _step(self, noise: Noise | None) -> list[FinishedImage]:
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode())
-            stack.enter_context(torch.autocast(self.device.type, enabled=False))
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             for batch in self.scheduler.schedule():
                 rows = self._row_tensors(batch, noise)
                 rows.noise.begin(rows.table, self.config.vocab_size, self.device)
@@ -276,19 +280,15 @@ class Engine:
     ) -> None:
         """Stores the drawn tokens; images that are complete leave."""
         self._tokens[rows.cond_slots, positions] = tokens
-        last = [image.drawn + 1 == image.total for image in batch.images]
-        # A number that is not finite stays in the cache: looking at an image's last logits finds it.
-        if any(last) and not bool(torch.isfinite(logits).all()):
+        self._watch.see(logits)
+        if any(image.drawn + 1 == image.total for image in batch.images) and self._watch.broken():
             self.reset()
-            self.cache.kv.zero_()
             raise NumericalError(f"the model's logits are not finite in {self.dtype}; try float32 or other weights")
         for image in self.scheduler.advance(batch):
             # Drawn inside inference mode; a clone made outside can be used by autograd.
             with torch.inference_mode(False):
-                self._finished.append(FinishedImage(image.request_id, self._take(image)))
-
-    def _take(self, image: ScheduledImage) -> torch.Tensor:
-        return self._tokens[image.cond_slot, : image.total].to(torch.int32)
+                drawn = self._tokens[image.cond_slot, : image.total].to(torch.int32)
+                self._finished.append(FinishedImage(image.request_id, drawn))
 
 
 def _weights_of(generator: Transformer | GeneratorWeights) -> GeneratorWeights:

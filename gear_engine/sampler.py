@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
@@ -11,7 +12,7 @@ import torch
 from gear_engine.ops import GeneratorOps
 from gear_engine.ops.sample_tokens import SamplingTable
 
-__all__ = ["Noise", "PhiloxNoise", "TorchNoise"]
+__all__ = ["FiniteWatch", "Noise", "PhiloxNoise", "TorchNoise"]
 
 
 class Noise(Protocol):
@@ -74,6 +75,12 @@ class TorchNoise:
             noise = self._draw(len(table.params), logits.shape[1], logits.device)
         return ops.sample_tokens(logits, table, noise=noise)
 
+    def close(self) -> None:
+        """Returns when no draw is under way: from then on the generator moves no more. A step that failed counts."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+            self._thread = self._begun = None
+
 
 class PhiloxNoise:
     """A counter-based stream per image, keyed (seed, position): see :mod:`gear_engine.ops.philox`."""
@@ -88,3 +95,24 @@ class PhiloxNoise:
         self, ops: GeneratorOps, logits: torch.Tensor, table: SamplingTable, positions: torch.Tensor
     ) -> torch.Tensor:
         return ops.sample_tokens(logits, table, seeds=self._seeds, positions=positions)
+
+
+class FiniteWatch:
+    """Notices logits that are not finite in any row of any step, without waiting for the device at every step.
+
+    A sum of finite fp32 logits is finite, and a sum that is not stays so.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._sum = torch.zeros((), device=device)
+
+    def see(self, logits: torch.Tensor) -> None:
+        """Takes in one step's logits (R, V)."""
+        self._sum = self._sum + logits.sum()
+
+    def broken(self) -> bool:
+        """Whether a number seen since :meth:`clear` was not finite; waits for the device."""
+        return not math.isfinite(self._sum.item())
+
+    def clear(self) -> None:
+        self._sum = torch.zeros_like(self._sum)

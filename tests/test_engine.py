@@ -410,6 +410,41 @@ def test_numbers_that_are_not_finite_are_an_error() -> None:
     assert torch.equal(engine.generate([1, 2]), Engine(small_model()).generate([1, 2]))
 
 
+@pytest.mark.parametrize("broken", ["the last layer", "an unconditional row that has left", "then interrupted"])
+def test_numbers_that_were_not_finite_for_a_while_are_an_error(broken: str) -> None:
+    """Later logits may be finite again: the last layer's output is in no cache, and rows leave."""
+    engine = Engine(small_model(), max_images=2, backend="reference")
+    expected = engine.generate([1, 2], GUIDED)
+    run, calls = engine.ops.skinny_linear, 0
+
+    def overflowing(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal calls
+        out: torch.Tensor = run(x, *args, **kwargs)
+        if out.shape[1] == CLASS.vocab_size:
+            calls += 1
+            if calls == 3:
+                out = out.clone()
+                out[-1 if broken == "an unconditional row that has left" else 0, 5] = float("inf")
+        return out
+
+    object.__setattr__(engine.ops, "skinny_linear", overflowing)
+    params = P(cfg_scale=3.0, top_k=30, cfg_interval=2)
+    if broken == "then interrupted":
+        engine.cache.kv[:, :, :, :, 5:] = float("nan")
+
+        def stop(step: int, total: int, tokens: torch.Tensor) -> None:
+            if step == 3:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([1, 2], params, callback=stop)
+        assert bool(torch.isfinite(engine.cache.kv).all())
+    else:
+        with pytest.raises(NumericalError, match="not finite"):
+            engine.generate([1, 2], params)
+    assert torch.equal(engine.generate([1, 2], GUIDED), expected)
+
+
 BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "label too large": ({"condition": [10]}, "must lie in"),
     "negative label": ({"condition": torch.tensor([-1])}, "must lie in"),
