@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from gear_engine.errors import ReportError
+from gear_engine.files import write_atomic
 from gear_engine.report.privacy import check_private
 from gear_engine.report.statistics import Summary, summarize
-from gear_engine.runs.files import write_atomic
 
 __all__ = [
     "SCHEMA_NAME",
