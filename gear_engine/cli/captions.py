@@ -32,7 +32,8 @@ def read_prompts(path: Path, limit: int = 0) -> list[str]:
     """
     prompts = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): a caption may hold U+2028 and its like, which end no line of JSON.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequestError(f"cannot read prompts from {path}: {error}") from error
     for number, line in enumerate(lines, start=1):

@@ -23,6 +23,15 @@ def test_prompts_in_the_official_form(tmp_path: Path) -> None:
     assert read_prompts(path, 2) == ["caption 0", "caption 1"]
 
 
+def test_only_newlines_end_a_line(tmp_path: Path) -> None:
+    """JSON allows U+2028 and its like inside a string, and most writers leave them as they are."""
+    path = tmp_path / "prompts.jsonl"
+    captions = ["a\u2028b", "c\x85d\u2029", "漢字"]
+    text = "\r\n".join(json.dumps({"caption": caption}, ensure_ascii=False) for caption in captions)
+    path.write_bytes(text.encode())
+    assert read_prompts(path) == captions
+
+
 @pytest.mark.parametrize("line", ["a red fox", '{"prompt": "x"}', '["x"]', '{"caption": 3}'])
 def test_a_line_without_a_caption_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "prompts.jsonl"
