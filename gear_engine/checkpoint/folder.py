@@ -39,8 +39,8 @@ __all__ = [
 ]
 
 CONFIG_FILE = "config.json"
-#: What a text model needs to know beside its weights: which encoder it was trained with, and for how many tokens.
-KEPT_ARGS = ("text_encoder", "text_max_len")
+#: What a text model needs to know beside its weights: which encoder, for how many tokens, in which precision.
+KEPT_ARGS = ("text_encoder", "text_max_len", "mixed_precision")
 _FORMAT, _VERSION = "gear_engine", 1
 _MAX_CONFIG = 1 << 20
 _MAX_NUMBER, _MAX_EMBED_DIM = 2**64, 2**16
@@ -152,7 +152,7 @@ def _read(
         found = infer(weights.state).to_dict()
         for field, value in config.to_dict().items():
             if field not in _NOT_IN_SHAPES:
-                settle(f"{kind}'s {field}", (CONFIG_FILE, value), ("the weights", found[field]))
+                settle(f"{kind}'s {field}", (CONFIG_FILE, value), (path.name, found[field]))
         expected = expected_shapes(build)
         check_names_and_shapes(expected, weights.state)
         wanted = {name: weights.state[name] for name in expected}

@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
     from gear_engine.checkpoint import Source
     from gear_engine.cli.sampling import Plan
+    from gear_engine.config import GeneratorConfig
     from gear_engine.models.transformer import Transformer
     from gear_engine.tokenizers import Tokenizer
 
-__all__ = ["Models", "load_models", "load_tokenizer_alone", "named_text_encoder"]
+__all__ = ["Models", "load_models", "load_tokenizer_alone", "text_encoder_choice"]
 
 _GENERATOR_FLAGS = (
     "ar_model",
@@ -100,13 +101,20 @@ def load_tokenizer_alone(args: argparse.Namespace, device: torch.device, dtype: 
     return load_tokenizer(args.tokenizer, device, dtype, ema=args.use_vq_ema, **_given(args, ("vq_model",))).eval()
 
 
-def named_text_encoder(args: argparse.Namespace) -> str | None:
-    """``--text-encoder``, or what the checkpoint's own arguments name."""
+def text_encoder_choice(args: argparse.Namespace, config: GeneratorConfig) -> tuple[str | None, str]:
+    """Name and precision of the text encoder: the flags, else what the checkpoint's own arguments say.
+
+    As officially, GEAR's encoder ran in the trainer's ``mixed_precision`` (bf16 if that is not known, fp32 if it is
+    neither bf16 nor fp16); LlamaGen's runs in bf16.
+    """
     from gear_engine.checkpoint import checkpoint_args
     from gear_engine.hub import local_path
 
-    name = args.text_encoder or checkpoint_args(local_path(args.ckpt_path)).get("text_encoder")
-    return name if isinstance(name, str) and name else None
+    saved = checkpoint_args(local_path(args.ckpt_path))
+    name = args.text_encoder or saved.get("text_encoder")
+    trained = "bf16" if config.learned_uncond else saved.get("mixed_precision", "bf16")
+    dtype = args.text_dtype or (trained if trained in ("bf16", "fp16") else "fp32")
+    return name if isinstance(name, str) and name else None, dtype
 
 
 def _given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:

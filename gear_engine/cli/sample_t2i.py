@@ -35,7 +35,9 @@ def add_parser(subparsers: Any) -> None:
     captions.add_argument("--num", type=int, default=0, help="only the first N captions; 0: all (%(default)s)")
     captions.add_argument("--text-encoder", default="", help="folder or hub name (default: the checkpoint's)")
     captions.add_argument("--text-max-len", type=int, default=0, help="tokens per caption (default: the model's)")
-    captions.add_argument("--text-dtype", choices=DTYPE_NAMES, default="bf16", help="of the encoder (%(default)s)")
+    captions.add_argument(
+        "--text-dtype", choices=DTYPE_NAMES, help="of the encoder (default: the training's mixed precision, or bf16)"
+    )
     captions.add_argument(
         "--encode-batch", type=int, metavar="N", help="captions encoded at once (default: 1; --rng torch: all)"
     )
@@ -81,17 +83,20 @@ def _encode(plan: Plan, models: Models, prompts: list[str]) -> TextFeatures:
     """The prompts behind the checkpoint's text encoder, or the one that ``--text-encoder`` names."""
     from gear_engine.cli.captions import EncodedPrompts
     from gear_engine.cli.environment import dtype_of
-    from gear_engine.cli.loading import named_text_encoder
+    from gear_engine.cli.loading import text_encoder_choice
     from gear_engine.text_encoders import load_text_encoder
 
     args, config = plan.args, models.generator.config
-    name = named_text_encoder(args)
+    name, dtype = text_encoder_choice(args, config)
     if not name:
         raise ConfigError("the checkpoint does not name its text encoder: pass --text-encoder, or --features")
     length = args.text_max_len or config.cls_token_num
     if length != config.cls_token_num:
         raise ConfigError(f"--text-max-len {length} differs from the model's prefix of {config.cls_token_num} tokens")
-    encoder = load_text_encoder(name, max_length=length, device=plan.device, dtype=dtype_of(args.text_dtype))
+    encoder = load_text_encoder(name, max_length=length, device=plan.device, dtype=dtype_of(dtype))
+    if config.learned_uncond != (encoder.kind == "t5"):
+        wanted = "LlamaGen's and takes T5 states" if config.learned_uncond else "GEAR's and takes Qwen states"
+        raise ConfigError(f"{name} is a {encoder.kind} encoder, but the model is {wanted}: pass another --text-encoder")
     if encoder.hidden_size != config.caption_dim:
         raise ConfigError(f"{name} has states of width {encoder.hidden_size}, the model takes {config.caption_dim}")
     return EncodedPrompts(prompts, encoder, name, args.encode_batch or (plan.batch if args.rng == "torch" else 1))

@@ -120,7 +120,10 @@ class TinyEncoder:
 
     max_length = LENGTH
     hidden_size = WIDTH
-    dtype = torch.float32
+
+    def __init__(self, kind: str = "qwen", dtype: torch.dtype = torch.float32) -> None:
+        self.kind = kind
+        self.dtype = dtype
 
     def encode(self, prompts: list[str], *, batch_size: int) -> Any:
         from gear_engine.text_encoders import CaptionFeatures
@@ -153,6 +156,63 @@ def test_prompts_go_through_the_encoder(text_checkpoint: Path, tmp_path: Path, m
     assert sample(text_checkpoint, tmp_path / "features", "--features", str(path)) == 0
     one, two = (pixels(run_folder(tmp_path / name, "cfg1-temp1")) for name in ("prompts", "features"))
     assert np.array_equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("trained", "flags", "expected"),
+    [
+        ({}, [], torch.bfloat16),
+        ({"mixed_precision": "bf16"}, [], torch.bfloat16),
+        ({"mixed_precision": "fp16"}, [], torch.float16),
+        ({"mixed_precision": "no"}, [], torch.float32),
+        ({"mixed_precision": "no"}, ["--text-dtype", "bf16"], torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("converted", [False, True])
+def test_the_encoder_runs_in_the_trainings_precision(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trained: dict[str, str],
+    flags: list[str],
+    expected: torch.dtype,
+    converted: bool,
+) -> None:
+    from gear_engine import text_encoders
+    from gear_engine.checkpoint.conversion import run_job
+
+    asked: list[tuple[str, torch.dtype]] = []
+
+    def load(name: str, *, dtype: torch.dtype, **_: Any) -> TinyEncoder:
+        asked.append((name, dtype))
+        return TinyEncoder()
+
+    monkeypatch.setattr(text_encoders, "load_text_encoder", load)
+    path = tiny.stage1(tmp_path / "exp" / "text.pt", tiny.TEXT_GENERATOR, text_encoder="towers/saved", **trained)
+    if converted:
+        folder = tmp_path / "converted"
+        overrides: dict[str, Any] = {"generator_overrides": {}, "tokenizer_overrides": {}}
+        job = {"source": path, "folder": folder, "tokenizer": None, "ema": True, "generator_only": False, **overrides}
+        run_job(job)
+        path = folder
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"caption": "x"}\n')
+    assert sample(path, tmp_path / "out", "--prompts-jsonl", str(prompts), *flags) == 0
+    assert asked == [("towers/saved", expected)]
+
+
+def test_an_encoder_of_the_other_kind_is_refused(
+    text_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Qwen3-1.7B and flan-t5-xl have states of the same width: only their kind tells them apart."""
+    from gear_engine import text_encoders
+
+    monkeypatch.setattr(text_encoders, "load_text_encoder", lambda name, **_: TinyEncoder("t5"))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"caption": "x"}\n')
+    flags = ["--prompts-jsonl", str(prompts), "--text-encoder", "towers/t5"]
+    assert sample(text_checkpoint, tmp_path / "out", *flags) == 2
+    assert "towers/t5 is a t5 encoder, but the model is GEAR's" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
