@@ -156,7 +156,8 @@ def _split_shadows(state: Mapping[str, Any], kind: Kind, *, ema: bool) -> dict[s
     for key, value in state.items():
         if not key.startswith(_SHADOW) or _LEFTOVERS.fullmatch(key):
             continue
-        name = names.get(key.removeprefix(_SHADOW))
+        # A shadow made after torch.compile has the prefix within, without its dot.
+        name = names.get(key.removeprefix(_SHADOW).replace("_orig_mod", ""))
         if name is None:
             raise CheckpointError(f"EMA tensor {key!r} belongs to no live tensor of the {kind}")
         averaged[name] = value

@@ -108,6 +108,23 @@ def test_lightning_shadows(tmp_path: Path, config: TokenizerConfig, ema: bool) -
     assert source.is_ema == ema
 
 
+@pytest.mark.parametrize("place", ["_orig_mod.", "model", "encoder._orig_mod."])
+def test_lightning_shadows_of_a_compiled_model(tmp_path: Path, place: str) -> None:
+    """torch.compile may have been called on the tokenizer, on the whole Lightning module, or on a part of it."""
+    live, averaged = files.tokenizer_state(IBQ, shift=1.0), files.tokenizer_state(IBQ)
+    if place == "model":
+        root = files.lightning(live, averaged)
+        root["state_dict"] = files.compiled(root["state_dict"])
+    else:
+        old = place.removesuffix("_orig_mod.")
+        both = [{name.replace(old, place, 1): tensor for name, tensor in state.items()} for state in (live, averaged)]
+        root = files.lightning(*both)
+        assert any("_orig_mod" in name and name.startswith("model_ema.") for name in root["state_dict"])
+    path = save(tmp_path, root)
+    assert files.equal(read_tokenizer(path).state, averaged)
+    assert files.equal(read_tokenizer(path, ema=False).state, live)
+
+
 def test_a_shadow_without_its_tensor_and_a_tensor_without_its_shadow(tmp_path: Path) -> None:
     root = files.lightning(files.tokenizer_state(LFQ), files.tokenizer_state(LFQ))
     root["state_dict"]["model_ema.encoderconvinwight"] = root["state_dict"].pop("model_ema.encoderconv_inweight")
