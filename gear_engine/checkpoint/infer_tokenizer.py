@@ -9,13 +9,11 @@ from typing import Any
 from gear_engine.checkpoint.claims import Shapes, argument, count_indices, settle, size_of
 from gear_engine.config import TOKENIZER_PRESETS, TokenizerConfig, TokenizerFamily
 from gear_engine.errors import CheckpointError, ConfigError
+from gear_engine.tokenizers.infer import default_num_codebooks
 
 __all__ = ["TokenizerOverrides", "infer_tokenizer"]
 
-#: Sign bits of one index: wider look-up-free codes are split into groups (GLFQ-16: 32 bits in 4 groups of 8).
-_MAX_INDEX_BITS = 24
 _MAX_BITS = 64
-_GROUP_BITS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +140,7 @@ def _lfq_codes(fields: Mapping[str, Any], args: Mapping[str, Any], given: Tokeni
         "number of groups of bits",
         argument(args, int, "entropy_num_groups"),
         ("your num_codebooks", given.num_codebooks),
-        default=named.num_codebooks if named else (1 if bits <= _MAX_INDEX_BITS else max(1, bits // _GROUP_BITS)),
+        default=named.num_codebooks if named else default_num_codebooks(bits),
     )
     return {
         "codebook_embed_dim": bits,

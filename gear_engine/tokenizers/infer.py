@@ -12,11 +12,11 @@ from gear_engine.errors import ConfigError
 from gear_engine.tokenizers.tokenizer import Tokenizer
 from gear_engine.tokenizers.vqgan import CODER_NAMES
 
-__all__ = ["from_module", "infer_config", "unwrap"]
+__all__ = ["default_num_codebooks", "from_module", "infer_config", "unwrap"]
 
 #: Sign bits of one index when a lookup-free latent is too wide for a single codebook; as published (GLFQ-16).
 _GROUP_BITS = 8
-_MAX_SINGLE_BITS = 18
+_MAX_SINGLE_BITS = 24
 
 #: Buffers of official modules that are no weights.
 _NO_WEIGHTS = ("quantize.codebook_used", "quantize.mask", "quantize.codebook")
@@ -41,6 +41,11 @@ def _family(shapes: Mapping[str, Sequence[int]]) -> TokenizerFamily:
     )
 
 
+def default_num_codebooks(bits: int) -> int:
+    """Groups of the sign bits of a lookup-free latent, which no weight tells: one, or groups of 8 above 24 bits."""
+    return 1 if bits <= _MAX_SINGLE_BITS else bits // _GROUP_BITS
+
+
 def infer_config(
     shapes: Mapping[str, Sequence[int]], *, num_codebooks: int | None = None, codebook_l2_norm: bool = True
 ) -> TokenizerConfig:
@@ -48,7 +53,7 @@ def infer_config(
 
     Args:
         shapes: shape of every weight by its official name.
-        num_codebooks: groups of sign bits, which no shape tells; None: 1, or groups of 8 bits above 18 bits.
+        num_codebooks: groups of sign bits, which no shape tells; None: :func:`default_num_codebooks`.
         codebook_l2_norm: vq only; no shape tells it.
 
     Raises:
@@ -65,7 +70,7 @@ def infer_config(
         if family == "lfq":
             dim = z_channels = shapes["encoder.conv_out.weight"][0]
             num_downsamples = sum(f"encoder.{levels}.{i}.downsample.weight" in shapes for i in range(num_levels))
-            groups = num_codebooks or (1 if dim <= _MAX_SINGLE_BITS else dim // _GROUP_BITS)
+            groups = num_codebooks or default_num_codebooks(dim)
             size = 2**dim
         else:
             size, dim = shapes["quantize.embedding.weight"]

@@ -216,6 +216,26 @@ def test_published_configurations_follow_from_shapes() -> None:
         assert infer_config(shapes) == config, name
 
 
+@pytest.mark.parametrize("bits", [8, 14, 18, 20, 24, 32])
+def test_modules_and_files_agree_on_the_groups_of_bits(bits: int) -> None:
+    """A latent of 20 bits is one index whether it comes from a file or from a module."""
+    from gear_engine.checkpoint.infer_tokenizer import TokenizerOverrides, infer_tokenizer
+    from gear_engine.checkpoint.stored import StorageRef, StoredTensor, contiguous_stride
+
+    config = SMALL["lfq"].replace(
+        codebook_embed_dim=bits, z_channels=bits, codebook_size=2**bits, num_codebooks=4 if bits == 32 else 1
+    )
+    with torch.device("meta"):
+        tokenizer = Tokenizer(config)
+    shapes = {key: tuple(value.shape) for key, value in tokenizer.state_dict().items()}
+    stored = {
+        key: StoredTensor(StorageRef("0", torch.float32, 0), torch.float32, 0, shape, contiguous_stride(shape))
+        for key, shape in shapes.items()
+    }
+    assert infer_config(shapes) == config
+    assert infer_tokenizer(stored, {}, TokenizerOverrides()) == config
+
+
 def test_pixels_are_truncated_not_rounded() -> None:
     x = torch.tensor([-2.0, -1.0, -1.0 + 1.99 / 127.5, 0.0, 0.999, 1.0, 7.0]).view(1, 1, 1, 7)
     assert to_uint8(x).flatten().tolist() == [0, 0, 2, 128, 255, 255, 255]
