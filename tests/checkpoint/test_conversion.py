@@ -28,8 +28,9 @@ from gear_engine.checkpoint import (
 from gear_engine.checkpoint.safetensors_file import write_safetensors
 from gear_engine.cli import convert as command
 from gear_engine.errors import CheckpointError, UnsafeCheckpointError
+from gear_engine.models.transformer import Transformer
 from tests.checkpoint import files
-from tests.checkpoint.files import GENERATOR, HEADS, TEXT, VQ
+from tests.checkpoint.files import GENERATOR, HEADS, IBQ, LFQ, TEXT, VQ
 from tests.checkpoint.mutations import disturb, flip
 from tests.checkpoint.test_refusals import Payload
 
@@ -173,8 +174,8 @@ def test_a_wrong_description(stage1: Path, tmp_path: Path, change: dict[str, Any
 @pytest.mark.parametrize(
     ("part", "field", "value", "match"),
     [
-        ("generator", "n_layer", 10**9, "n_layer: config.json says 1000000000, but the weights says 3"),
-        ("generator", "dim", 10**6, "dim: config.json says 1000000, but the weights says 48"),
+        ("generator", "n_layer", 10**9, "n_layer: config.json says 1000000000, but generator.safetensors says 3"),
+        ("generator", "dim", 10**6, "dim: config.json says 1000000, but generator.safetensors says 48"),
         ("generator", "num_classes", 8, "has_uncond_class: config.json says True"),
         ("generator", "vocab_size", 10**30, "out of every range"),
         ("tokenizer", "ch_mult", [1, 4], "ch_mult"),
@@ -228,16 +229,60 @@ def test_our_safetensors_are_the_librarys(tmp_path: Path) -> None:
     assert files.equal(safetensors.torch.load_file(tmp_path / "x.safetensors"), state)
 
 
-def test_a_converted_folder_samples_the_same_tokens(stage1: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["class", "causal", "prefix", "llamagen"])
+def test_a_converted_folder_samples_the_same_tokens(tmp_path: Path, kind: str) -> None:
+    """Also what is in no weight, the text attention, comes with the folder."""
     from gear_engine.engine import Engine
+    from gear_engine.models.condition import TextCondition
     from gear_engine.request import SamplingParams
 
-    convert(stage1, tmp_path / "out", generator_overrides=HEADS)
+    config, given = GENERATOR, dict(HEADS)
+    condition: Any = [1, 6, 3]
+    if kind != "class":
+        config = TEXT.replace(text_attn="causal" if kind == "llamagen" else kind)
+        states, null = torch.randn(3, 5, 20), torch.randn(5, 20)
+        mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 1, 0]]).bool()
+        condition = TextCondition(states, mask, null)
+    if kind == "llamagen":
+        config = config.replace(n_double_stream_layers=0, learned_uncond=True)
+        condition = TextCondition(states, mask)
+        path = files.save(tmp_path / "text.pt", {"model": files.generator_state(config)})
+        given |= {"image_size": 8, "downsample_ratio": 2}
+    else:
+        args = {**files.ARGS, "cls_token_num": config.cls_token_num, "text_attn": config.text_attn}
+        state, live = files.generator_state(config), files.generator_state(config, shift=1.0)
+        path = files.save(tmp_path / "stage2.pt", files.stage2(ar=live, ema=state, args=args))
+    convert(path, tmp_path / "out", generator_only=True, generator_overrides=given)
     params = SamplingParams(cfg_scale=2.0, top_k=30)
-    source, converted = (
-        Engine(generator, max_images=2).generate([1, 6, 3], params, seeds=[5, 6, 7])
-        for generator in (load_generator(stage1, **HEADS), load_generator(tmp_path / "out"))
-    )
-    assert source.shape == (3, GENERATOR.block_size)
-    assert torch.equal(source, converted)
-    assert source.unique().numel() > 1
+
+    def tokens(generator: Transformer) -> torch.Tensor:
+        return Engine(generator, max_images=2).generate(condition, params, seeds=[5, 6, 7])
+
+    converted = load_generator(tmp_path / "out")
+    assert converted.config == config
+    expected = tokens(load_generator(path, **given))
+    assert expected.shape == (3, GENERATOR.block_size)
+    assert expected.unique().numel() > 1
+    assert torch.equal(tokens(converted), expected)
+
+
+@pytest.mark.parametrize("name", ["vq", "vq not normalised", "ibq", "lfq", "glfq"])
+def test_a_converted_tokenizer_decodes_alike(tmp_path: Path, name: str) -> None:
+    """Also what is in no weight, groups of bits and normalised codes, comes with the folder."""
+    glfq = LFQ.replace(num_codebooks=3)
+    config, given = {
+        "vq": (VQ, {}),
+        "vq not normalised": (VQ.replace(codebook_l2_norm=False), {"codebook_l2_norm": False}),
+        "ibq": (IBQ, {}),
+        "lfq": (LFQ, {}),
+        "glfq": (glfq, {"num_codebooks": 3}),
+    }[name]
+    path = files.save(tmp_path / "tokenizer.pt", {"vq": files.tokenizer_state(config)})
+    convert(path, tmp_path / "out", tokenizer_overrides=given)
+    source, converted = load_tokenizer(path, **given), load_tokenizer(tmp_path / "out")
+    assert converted.config == source.config == config
+    codes = torch.randint(0, source.quantize.num_codes, (1, 3, 2, config.num_codebooks)).squeeze(-1)
+    with torch.no_grad():
+        assert torch.equal(converted.decode_code(codes), source.decode_code(codes))
+        image = torch.rand(1, 3, 3 * config.downsample, 2 * config.downsample) * 2 - 1
+        assert torch.equal(converted.encode(image)[2][2], source.encode(image)[2][2])

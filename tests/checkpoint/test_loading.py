@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gear_engine.checkpoint import load_generator, load_tokenizer, open_generator, read_generator
+from gear_engine.checkpoint import load_generator, load_tokenizer, open_generator, read_generator, save_pretrained
 from gear_engine.errors import CheckpointError, UnsafeCheckpointError
 from gear_engine.hub import local_path
 from tests.checkpoint import files
@@ -101,6 +101,33 @@ def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match=r"pip install gear-engine\[hub\]"):
         local_path("org/name@v1.0")
+
+
+def test_hub_names_offline(tmp_path: Path) -> None:
+    """The library itself, over a cache as it lays one out: offline it serves that revision and nothing else."""
+    pytest.importorskip("huggingface_hub")
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    place = tmp_path / "hub" / "models--org--name" / "snapshots" / commit
+    module = load_generator(save(tmp_path, STATE), **HEADS)
+    save_pretrained(place, module)
+    (place / "weights").mkdir()
+    (tmp_path / "checkpoint.pt").rename(place / "weights" / "7.pt")
+    code = """
+import sys
+from gear_engine.checkpoint import load_generator
+from gear_engine.errors import CheckpointError
+for name, given in (("", {}), (":weights/7.pt", {"n_head": 4})):
+    print(load_generator(f"org/name@{sys.argv[1]}{name}", **given).config.dim)
+for name in ("org/name@" + "f" * 40, "org/other@main", f"org/name@{sys.argv[1]}:absent.pt"):
+    try:
+        load_generator(name)
+    except CheckpointError as error:
+        print(str(error).startswith(name + ": the hub does not give it"))
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    command = [sys.executable, "-c", code, commit]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.split() == ["48", "48", "True", "True", "True"], done.stderr
 
 
 @pytest.mark.skipif("GEAR_OFFICIAL" not in os.environ, reason="needs a checkout of GEAR, named by GEAR_OFFICIAL")

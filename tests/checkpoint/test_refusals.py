@@ -275,3 +275,14 @@ def test_a_tokenizer_of_another_codebook(tmp_path: Path) -> None:
     other = files.save(tmp_path / "vq.pt", {"vq": files.tokenizer_state(VQ.replace(codebook_size=32))})
     with pytest.raises(CheckpointError, match=r"vocabulary is 64.*32 codes"):
         load_pair(save(tmp_path, STATE), tokenizer=other, **HEADS)
+
+
+def test_a_tokenizer_with_several_indices_per_position(tmp_path: Path) -> None:
+    """Its 2 ** 6 codes would fit the vocabulary; it is the two indices per position that no generator draws."""
+    from gear_engine.checkpoint import load_pair
+
+    grouped = files.save(tmp_path / "glfq.pt", {"vq": files.tokenizer_state(files.LFQ)})
+    path = save(tmp_path, STATE)
+    assert load_pair(path, tokenizer=grouped, **HEADS).tokenizer.config == files.LFQ
+    with pytest.raises(CheckpointError, match="2 indices per position; the generator draws one"):
+        load_pair(path, tokenizer=grouped, tokenizer_overrides={"num_codebooks": 2}, **HEADS)
