@@ -7,14 +7,15 @@ from pathlib import Path
 
 import torch
 
-from gear_engine.config import GeneratorConfig
+from gear_engine.config import GeneratorConfig, TokenizerConfig
 from gear_engine.errors import OutOfMemoryError
 from gear_engine.kv_cache import StaticKVCache
 
-__all__ = ["available_bytes", "check_fits", "engine_plan"]
+__all__ = ["available_bytes", "check_fits", "decoder_bytes", "engine_plan"]
 
 _GIB = 2**30
 _CGROUP = Path("/sys/fs/cgroup")
+_OWN_GROUP = Path("/proc/self/cgroup")
 
 
 def _read_number(path: Path) -> int | None:
@@ -24,10 +25,46 @@ def _read_number(path: Path) -> int | None:
         return None
 
 
+def _cached_files(path: Path, names: tuple[str, ...]) -> int:
+    """Bytes of file cache, by a ``memory.stat``: what was just read counts as used until memory is short."""
+    try:
+        fields = dict(line.split() for line in path.read_text().splitlines())
+        return sum(int(fields.get(name, 0)) for name in names)
+    except (OSError, ValueError):
+        return 0
+
+
+def _group_bytes() -> list[int]:
+    """What each control group above this process leaves, versions 2 and 1; a job scheduler's limit may be far up."""
+    try:
+        lines = [line.split(":", 2) for line in _OWN_GROUP.read_text().splitlines()]
+    except OSError:
+        lines = []
+    found = []
+    kinds = (
+        ("", _CGROUP, "memory.max", "memory.current", ("active_file", "inactive_file")),
+        (
+            "memory",
+            _CGROUP / "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            ("total_active_file", "total_inactive_file"),
+        ),
+    )
+    for controller, root, limit_file, used_file, cached in kinds:
+        own = next((parts[2] for parts in lines if len(parts) == 3 and controller in parts[1].split(",")), "/")
+        group = root / own.strip("/")
+        for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(root))):
+            limit, used = _read_number(folder / limit_file), _read_number(folder / used_file)
+            if limit is not None and used is not None:
+                found.append(max(limit - used + _cached_files(folder / "memory.stat", cached), 0))
+    return found
+
+
 def available_bytes(device: torch.device) -> int | None:
     """Bytes that can still be allocated on ``device``; None if the system does not say.
 
-    On a CPU: the system's available memory, or what the control group leaves if that is less.
+    On a CPU: the system's available memory, or what a control group leaves if that is less; file cache counts as free.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -42,10 +79,7 @@ def available_bytes(device: torch.device) -> int | None:
                 found.append(int(line.split()[1]) * 1024)
     except (OSError, ValueError):
         pass
-    limit, used = _read_number(_CGROUP / "memory.max"), _read_number(_CGROUP / "memory.current")
-    if limit is not None and used is not None:
-        found.append(max(limit - used, 0))
-    return min(found, default=None)
+    return min(found + _group_bytes(), default=None)
 
 
 def check_fits(plan: Mapping[str, int], available: int | None, hint: str) -> None:
@@ -78,5 +112,16 @@ def engine_plan(
         "key/value cache": StaticKVCache.nbytes(config, num_slots, max_tokens, dtype),
         # Logits, their filtered copy, its order and the noise of every image; one layer's activations.
         "logits": num_slots * config.vocab_size * 4 * 4,
-        "activations": num_slots * widest * dtype.itemsize,
+        # One layer's keys and values where rows of scattered slots are gathered, and their scores.
+        "activations": num_slots * (widest + (1 + max_tokens) * 2 * config.kv_dim) * dtype.itemsize
+        + num_slots * config.n_head * (1 + max_tokens) * 4,
     }
+
+
+def decoder_bytes(config: TokenizerConfig, height: int, width: int, images: int, dtype: torch.dtype) -> int:
+    """Bytes of activations for decoding ``images`` images at once.
+
+    The largest maps are the full-size ones of the first level. Five to six of them live at once in its residual blocks
+    (block input, norm, convolution, and what the convolution packs): measured on VQ-16 and LFQ-16.
+    """
+    return 6 * config.ch * config.ch_mult[0] * height * width * images * dtype.itemsize

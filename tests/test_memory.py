@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,14 +23,47 @@ def test_available_bytes_of_a_cpu() -> None:
     assert 2**20 < available < 2**50
 
 
-def test_control_group_limits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A root of control groups of our own; the process is in /job/step."""
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    (tmp_path / "memory.max").write_text("5000\n")
-    (tmp_path / "memory.current").write_text("1000\n")
-    assert memory.available_bytes(CPU) == 4000
-    (tmp_path / "memory.max").write_text("max\n")
+    monkeypatch.setattr(memory, "_OWN_GROUP", tmp_path / "own")
+    (tmp_path / "own").write_text("9:cpu,memory:/job/step\n0::/job/step\n")
+    return tmp_path
+
+
+def _limit(folder: Path, limit: str, used: int, *, version: int = 2, cached: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current", "") if version == 2 else MEMORY_V1
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    stat = f"anon 7\n{names[2]}inactive_file {cached}\n{names[2]}active_file 20\n"
+    (folder / "memory.stat").write_text(stat)
+
+
+MEMORY_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+
+
+def test_control_group_limits_count(group: Path) -> None:
+    _limit(group, "5000", 1000)
+    assert memory.available_bytes(CPU) == 4020
+    _limit(group, "max", 1000)
     unlimited = memory.available_bytes(CPU)
-    assert unlimited is None or unlimited > 4000
+    assert unlimited is None or unlimited > 5000
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_tightest_group_above_the_process_counts(group: Path, version: int) -> None:
+    root = group / "memory" if version == 1 else group
+    _limit(root / "job" / "step", str(2**62), 10, version=version)
+    _limit(root / "job", "9000", 8000, version=version)
+    _limit(root / "another", "50", 40, version=version)
+    assert memory.available_bytes(CPU) == 1020
+
+
+def test_the_cache_of_files_that_were_read_is_not_in_use(group: Path) -> None:
+    _limit(group / "job" / "step", "9000", 8000, cached=6000)
+    assert memory.available_bytes(CPU) == 7020
 
 
 def test_arithmetic() -> None:
@@ -67,3 +102,30 @@ def test_nothing_is_allocated_by_a_plan_that_does_not_fit(monkeypatch: pytest.Mo
     monkeypatch.setattr("gear_engine.engine.StaticKVCache.__init__", fail)
     with pytest.raises(OutOfMemoryError, match="max_images"):
         Engine(small_model(), memory_budget=1000)
+
+
+def test_the_decoder_takes_what_is_planned() -> None:
+    """Peak memory of a process of its own, above what it had when it began to decode."""
+    code = (
+        "import torch\n"
+        "from gear_engine.config import TOKENIZER_PRESETS\n"
+        "from gear_engine.memory import decoder_bytes\n"
+        "from gear_engine.tokenizers import build_tokenizer, decoder_fast\n"
+        "torch.set_num_threads(1)\n"
+        "decoder_fast.unavailable = lambda: 'the modules take more: they decode images together'\n"
+        "images, size = 2, 256\n"
+        "config = TOKENIZER_PRESETS['VQ-16'].replace(ch=64, num_res_blocks=1)\n"
+        "model = build_tokenizer(config).eval()\n"
+        "def field(name):\n"
+        "    lines = open('/proc/self/status').read().splitlines()\n"
+        "    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))\n"
+        "quant = torch.zeros(images, 8, 16, 16)\n"
+        "with torch.no_grad():\n"
+        "    model.decode(quant[:, :, :2, :2])\n"  # what is allocated once, at the first call
+        "    before = field('VmRSS')\n"
+        "    model.decode(quant)\n"
+        "print((field('VmHWM') - before) / decoder_bytes(config, size, size, images, torch.float32))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert 0.5 < float(done.stdout) < 1.1

@@ -122,13 +122,21 @@ def build_engine(plan: Plan, models: Models) -> Engine:
         OutOfMemoryError: the batch does not fit; nothing was allocated.
     """
     from gear_engine.engine import Engine
+    from gear_engine.memory import available_bytes, check_fits, decoder_bytes
 
     _set_arithmetic(plan)
+    size, images = models.image_size, min(plan.decode_batch, plan.batch)
+    tokenizer = models.tokenizer
+    decoder = decoder_bytes(tokenizer.config, size, size, images, tokenizer.dtype)
+    available = available_bytes(plan.device)
+    check_fits({f"decoder, {images} images at once": decoder}, available, "lower --decode-batch")
     return Engine(
         models.generator,
         max_images=plan.batch,
         backend=parse_backend(plan.args.backend),
         weight_format=plan.args.weight_format,
+        # The decoder works while the engine's caches are held.
+        memory_budget=None if available is None else available - decoder,
     )
 
 

@@ -367,6 +367,24 @@ def test_bad_settings_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("available", "named"), [(2_000_000, "lower --decode-batch"), (6_400_000, "max_images")])
+def test_memory_is_planned_for_cache_and_decoder(
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    available: int,
+    named: str,
+) -> None:
+    """Two images decoded at once need 6.3 MB (6 maps of 64 x 64 x 32 floats each); the engine more than the rest."""
+    monkeypatch.setattr("gear_engine.memory.available_bytes", lambda device: available)
+    assert sample(checkpoint, tmp_path / "out", "--decode-batch", "2") == 2
+    shown = capsys.readouterr().err
+    assert named in shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("label", ["-1", str(tiny.NUM_CLASSES + 1)])
 def test_a_label_out_of_range_is_refused(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], label: str
