@@ -73,6 +73,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return _say(command, f"no space left to write to ({error}). Free some. {_RESUME}", STOPPED)
         return _say(command, f"stopped: {error}. {_RESUME}", STOPPED)
+    except (MemoryError, RuntimeError) as error:
+        # Memory that was free when the run was planned has gone since.
+        if not _is_out_of_memory(error):
+            raise
+        first_line = (str(error) or "the system gave no more").splitlines()[0]
+        return _say(command, f"out of memory: {first_line}. Ask for smaller batches. {_RESUME}", STOPPED)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Also torch's errors: an accelerator's by its name (torch is not imported here), a CPU's by its message."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _say(command: str, message: str, status: int) -> int:

@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gear_engine.cli.environment import parse_backend, pick_device, versions
+from gear_engine.cli.environment import decoder_backend, parse_backend, pick_device, versions
 from gear_engine.cli.progress import Progress
 from gear_engine.errors import InvalidRequestError
 from gear_engine.files import content_hash
 from gear_engine.request import SamplingParams
 from gear_engine.runs.batches import strided
-from gear_engine.runs.folder import RunFolder, experiment_name, sampling_tag, step_tag
+from gear_engine.runs.folder import RunFolder, check_output, experiment_name, sampling_tag, step_tag
 from gear_engine.runs.loop import DrawImages, sample_in_order, sample_independent
 from gear_engine.runs.record import Settings
 from gear_engine.runs.seeds import image_seed
@@ -109,6 +109,7 @@ def make_plan(args: argparse.Namespace, world: World) -> Plan:
         raise InvalidRequestError(f"--seed must lie in [0, 2**48), got {args.seed}")
     if not (args.keep_pngs or args.pack_npz):
         raise InvalidRequestError("--no-keep-pngs together with --no-pack-npz would keep nothing")
+    check_output(args.output_dir)
     device = pick_device(args.device, world)
     as_officially = device.type == "cuda" and args.rng == "torch"
     return Plan(args, world, device, scales, args.decode_batch or (args.per_proc_batch_size if as_officially else 1))
@@ -153,7 +154,7 @@ def sample_all(plan: Plan, models: Models, engine: Engine, source: Source) -> in
     folders = [RunFolder(plan.folder(params), source.count, written_size) for params in plan.scales]
 
     def check_folders() -> tuple[list[Settings], list[str]]:
-        every = _settings(plan, models, source)
+        every = _settings(plan, models, source, engine)
         notes = [note for folder, one in zip(folders, every, strict=True) for note in folder.check(one, environment)]
         return every, notes
 
@@ -259,7 +260,7 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _settings(plan: Plan, models: Models, source: Source) -> list[Settings]:
+def _settings(plan: Plan, models: Models, source: Source, engine: Engine) -> list[Settings]:
     """What ``run.json`` records, one per guidance scale."""
     args = plan.args
     generator_hash = content_hash(Path(models.generator_source.path))
@@ -286,7 +287,8 @@ def _settings(plan: Plan, models: Models, source: Source) -> list[Settings]:
         "decode_batch": plan.decode_batch,
         "device": plan.device.type,
         "tf32": args.tf32 if plan.device.type == "cuda" else None,
-        "backend": args.backend,
+        # As chosen, not as asked for: "auto" may choose otherwise after another build.
+        "backend": {**engine.ops.backends, "decoder": decoder_backend(plan.device)},
         "world_size": plan.world.size,
         "per_proc_batch_size": plan.batch,
         "image_size": models.image_size,

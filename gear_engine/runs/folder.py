@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,7 +19,16 @@ from gear_engine.runs.npz import write_npz
 from gear_engine.runs.png import png_size, read_png, write_png
 from gear_engine.runs.states import GeneratorStates
 
-__all__ = ["RunFolder", "experiment_name", "sampling_tag", "step_tag"]
+__all__ = ["RunFolder", "check_output", "experiment_name", "sampling_tag", "step_tag"]
+
+
+def check_output(folder: Path) -> None:
+    """Raises :class:`InvalidRequestError` unless ``folder`` can be made or written into; creates nothing."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InvalidRequestError(f"samples cannot be written below {folder}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InvalidRequestError(f"samples cannot be written below {folder}: no permission to write in {there}")
 
 
 def experiment_name(checkpoint: Path) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from gear_engine.cli import main as cli
 from gear_engine.errors import InvalidRequestError, OutOfMemoryError, WorkerLostError
@@ -50,6 +51,9 @@ def raising(error: BaseException) -> Callable[[], int]:
         (KeyboardInterrupt(), 130, "run the same command again"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.png"), 1, "no space left"),
         (PermissionError(errno.EACCES, "denied", "a.png"), 1, "denied"),
+        (MemoryError(), 1, "out of memory: the system gave no more. Ask for smaller batches"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nSecond line"), 1, "Tried 2 GiB"),
+        (RuntimeError("x: DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, "out of memory: x"),
     ],
 )
 def test_errors_become_messages(
@@ -66,9 +70,10 @@ def test_errors_become_messages(
     assert captured.err.count("\n") == 1
 
 
-def test_a_programming_error_is_not_hidden(run_failing: Callable[[Callable[[], int]], int]) -> None:
-    with pytest.raises(ZeroDivisionError):
-        run_failing(raising(ZeroDivisionError()))
+@pytest.mark.parametrize("error", [ZeroDivisionError(), RuntimeError("shapes do not match")])
+def test_a_programming_error_is_not_hidden(run_failing: Callable[[Callable[[], int]], int], error: Exception) -> None:
+    with pytest.raises(type(error)):
+        run_failing(raising(error))
 
 
 def test_sigterm_unwinds_and_the_handler_is_put_back(

@@ -224,6 +224,33 @@ def test_another_checkpoint_is_refused(checkpoint: Path, tmp_path: Path, capsys:
     assert "checkpoint.sha256" in capsys.readouterr().err
 
 
+def test_auto_that_chooses_other_kernels_is_refused(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command after another build: nearly the same numbers, but not the same."""
+    assert sample(checkpoint, tmp_path, "--backend", "reference", count=2) == 0
+    (run,) = tmp_path.rglob("run.json")
+    recorded = json.loads(run.read_text())["settings"]["backend"]
+    assert {recorded[op] for op in ("decode_attention", "skinny_linear", "sample_tokens")} == {"reference"}
+    assert recorded["decoder"] in ("cpu", "reference")
+    other = "reference" if recorded["decoder"] == "cpu" else "cpu"
+    monkeypatch.setattr("gear_engine.cli.sampling.decoder_backend", lambda device: other)
+    assert sample(checkpoint, tmp_path, "--backend", "reference", count=2) == 2
+    assert f'backend.decoder = "{recorded["decoder"]}", this run asks for "{other}"' in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    nowhere = tmp_path / "no-checkpoint.pt"
+    assert sample(nowhere, tmp_path / "file" / "out") == 2
+    assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert sample(nowhere, tmp_path / "out") == 2
+    assert "no permission" in capsys.readouterr().err
+
+
 def test_philox_resumes_with_another_batch(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sample(checkpoint, tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
