@@ -132,7 +132,13 @@ def _read(path: Path) -> NDArray[np.uint8]:
 
     try:
         with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"), dtype=np.uint8)
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):
+                # convert() would clip 16-bit grey to white where it is above 255.
+                upright = Image.fromarray(((np.asarray(upright).astype(np.uint32) + 128) // 257).astype(np.uint8))
+            elif upright.mode in ("I", "F"):
+                raise ValueError(f"its pixels are of mode {upright.mode}, whose range is unknown; save it with 8 bits")
+            return np.asarray(upright.convert("RGB"), dtype=np.uint8)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise InvalidRequestError(f"cannot read the image {path}: {error}") from error
 

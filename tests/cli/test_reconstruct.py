@@ -13,6 +13,7 @@ from PIL import Image
 from gear_engine.cli.main import main
 from gear_engine.cli.pictures import labelled_grid
 from gear_engine.cli.reconstruct import reconstruct_image
+from gear_engine.config import TokenizerConfig
 from gear_engine.metrics import codebook_usage, l1, psnr, ssim
 from gear_engine.tokenizers import Tokenizer, build_tokenizer, to_uint8
 from tests.cli import tiny
@@ -51,6 +52,35 @@ def test_any_size_comes_back(tokenizer: Tokenizer, height: int, width: int) -> N
     padded = np.pad(image, ((0, -height % 16), (0, columns * 16 - width), (0, 0)), mode="edge")
     whole, _ = reconstruct_image(tokenizer, padded)
     assert np.array_equal(restored, whole[:height, :width])
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (16, 16), (5, 37)])
+def test_lookup_free_tokenizers(height: int, width: int, groups: int) -> None:
+    """A latent of one position has no variance to normalise by; several groups give several codes per position."""
+    config = TokenizerConfig(
+        family="lfq", codebook_size=2**8, codebook_embed_dim=8, z_channels=8, num_codebooks=groups, ch=32,
+        ch_mult=(1, 1, 1, 1, 1), num_res_blocks=1, codebook_l2_norm=False,
+    )  # fmt: skip
+    tokenizer = build_tokenizer(config)
+    tokenizer.load_state_dict(golden_state_dict(tokenizer))
+    image = picture(4, height, width)
+    restored, codes = reconstruct_image(tokenizer, image)
+    assert restored.shape == image.shape
+    assert codes.numel() == groups * max(2, -(-width // 16))
+    assert codebook_usage(codes, tokenizer.quantize.num_codes).num_codes == 2 ** (8 // groups)
+
+
+def test_16_bit_images_keep_their_tones(checkpoint: Path, tmp_path: Path) -> None:
+    grey = np.linspace(0, 65535, 16 * 32).astype(np.uint16).reshape(16, 32)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "float.tif")
+    command = ["reconstruct", "--tokenizer", str(checkpoint), "--output-dir", str(tmp_path / "out"), "--device", "cpu"]
+    assert main([*command, str(tmp_path / "deep.png")]) == 0
+    with Image.open(tmp_path / "out" / "0000-deep.png") as both:
+        shown = np.asarray(both)[4:20, 4:36]
+    assert np.abs(shown - (grey / 257)[:, :, None]).max() <= 0.5
+    assert main([*command, str(tmp_path / "float.tif")]) == 2
 
 
 def test_pictures_table_and_json(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
