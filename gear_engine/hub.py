@@ -26,8 +26,13 @@ def local_path(name: str | os.PathLike[str]) -> Path:
     """
     path = Path(name)
     match = _NAME.fullmatch(os.fspath(name))
-    if path.exists() or match is None:
-        return path
+    try:
+        if os.fspath(name).count("\0"):
+            raise CheckpointError("a path cannot hold a null character")
+        if path.exists() or match is None:
+            return path
+    except OSError as error:  # No access, or a name that is too long.
+        raise CheckpointError(f"cannot read {os.fspath(name)[:500]}: {error.strerror or error}") from error
     if match["revision"] is None:
         raise CheckpointError(
             f"{name}: no such file or folder. If it is a hub name, pin its revision: {match['repo']}@COMMIT"

@@ -132,6 +132,9 @@ def run_job(job: Mapping[str, Any]) -> dict[str, Any]:
     """Reads, writes, reads again and compares; runs in the offline process."""
     source, folder = Path(job["source"]), Path(job["folder"])
     parts = checkpoint_parts(source)
+    if "tokenizer" in parts and "generator" not in parts and (job["generator_only"] or job["tokenizer"]):
+        flag = "generator_only" if job["generator_only"] else "another tokenizer"
+        raise CheckpointError(f"{source} holds a tokenizer but no generator: {flag} makes no sense with it")
     models: dict[str, Model] = {}
     generator: ReadGenerator | None = None
     tokenizer: ReadTokenizer | None = None

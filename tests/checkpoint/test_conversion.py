@@ -113,6 +113,15 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
         convert(bad, tmp_path / "file")
 
 
+@pytest.mark.parametrize("options", [{"generator_only": True}, {"tokenizer": "stage1.pt"}])
+def test_a_tokenizer_has_no_generator_to_convert(stage1: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    source = files.save(tmp_path / "vq.pt", {"vq": files.tokenizer_state()})
+    options = {name: stage1 if name == "tokenizer" else value for name, value in options.items()}
+    with pytest.raises(CheckpointError, match="holds a tokenizer but no generator"):
+        convert(source, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_full_disk_is_no_fault_of_the_checkpoint(stage1: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     limited = (

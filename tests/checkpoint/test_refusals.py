@@ -105,6 +105,11 @@ def test_folders_missing_files_and_pipes(tmp_path: Path) -> None:
     refused(tmp_path / "absent.pt", "No such file")
     with pytest.raises(CheckpointError, match="pin its revision"):
         read_generator("some-org/some-model")
+    for name in ("x" * 5000, f"{tmp_path}/{'x' * 300}/checkpoint.pt", "a\0b"):
+        with pytest.raises(CheckpointError, match="too long|null"):
+            read_generator(name)
+        with pytest.raises(CheckpointError, match="too long|null"):
+            read_tokenizer(name)
     os.mkfifo(tmp_path / "pipe")
     worker = threading.Thread(target=refused, args=(tmp_path / "pipe", "not a regular file"), daemon=True)
     worker.start()
@@ -239,6 +244,21 @@ def test_entries_that_are_no_plain_tensors(tmp_path: Path, make: Any, match: str
 )
 def test_contradictions_name_both_sides(tmp_path: Path, args: Any, given: Any, match: str) -> None:
     refused(save(tmp_path, STATE, **args), match, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"text_attn": "causal"}, r"args\.text_attn says prefix, but your text_attn says causal"),
+        ({"cls_token_num": 300}, r"args\.cls_token_num says 5, but your cls_token_num says 300"),
+    ],
+)
+def test_contradictions_about_text(tmp_path: Path, given: Any, match: str) -> None:
+    args = {"cls_token_num": 5, "text_attn": "prefix"}
+    refused(save(tmp_path, files.generator_state(files.TEXT), **args), match, **given)
+    config = files.TEXT.replace(n_double_stream_layers=0, learned_uncond=True)
+    path = save(tmp_path, files.generator_state(config), cls_token_num=120)
+    refused(path, r"uncond_embedding says 5, but args\.cls_token_num says 120")
 
 
 def test_the_head_count_of_an_unpublished_width(tmp_path: Path) -> None:
