@@ -81,7 +81,7 @@ class Engine:
         if self.dtype not in _DTYPES:
             raise ConfigError(f"an engine computes in float32, bfloat16 or float16, not in {self.dtype}")
         self.max_new_tokens = config.block_size if max_new_tokens is None else max_new_tokens
-        if not 1 <= self.max_new_tokens <= config.block_size:
+        if not (isinstance(self.max_new_tokens, int) and 1 <= self.max_new_tokens <= config.block_size):
             raise ConfigError(f"max_new_tokens {max_new_tokens} must lie in [1, block_size = {config.block_size}]")
         self.max_images = max_images
         self.scheduler = Scheduler(max_images)

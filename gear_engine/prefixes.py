@@ -68,6 +68,8 @@ def check_conditions(
         has_other_half = config.has_uncond_class
         remedy = "this model's label table has no unconditional class"
     every = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(found)
+    if not all(isinstance(each, SamplingParams) for each in every):
+        raise InvalidRequestError("sampling settings must be SamplingParams")
     if len(every) != len(found):
         raise InvalidRequestError(f"{len(every)} sampling settings for {len(found)} images")
     if any(each.uses_guidance for each in every) and not has_other_half:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +17,8 @@ RngMode = Literal["torch", "philox"]
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    # The abstract types: numpy's scalars are numbers too.
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InvalidRequestError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value):
         raise InvalidRequestError(f"{name} must be finite, got {value}")
@@ -24,9 +26,9 @@ def _number(name: str, value: Any) -> float:
 
 
 def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise InvalidRequestError(f"{name} must be an int, got {value!r}")
-    return value
+    return int(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,9 @@ class SamplingParams:
             raise InvalidRequestError(f"top_p must lie in (0, 1], got {self.top_p}")
         if not isinstance(self.sample_logits, bool):
             raise InvalidRequestError(f"sample_logits must be a bool, got {self.sample_logits!r}")
+        for name in ("cfg_scale", "cfg_interval", "temperature", "top_p"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        object.__setattr__(self, "top_k", int(self.top_k))
 
     @property
     def uses_guidance(self) -> bool:
@@ -114,8 +119,9 @@ class ImageRequest:
         if (self.label is None) == (self.caption is None):
             raise InvalidRequestError("a request holds either a label or a caption")
         if self.label is not None:
-            _integer("label", self.label)
-        if not 0 <= _integer("seed", self.seed) < 2**63:
+            object.__setattr__(self, "label", _integer("label", self.label))
+        object.__setattr__(self, "seed", _integer("seed", self.seed))
+        if not 0 <= self.seed < 2**63:
             raise InvalidRequestError(f"seed must lie in [0, 2**63), got {self.seed}")
         if self.max_new_tokens is not None and _integer("max_new_tokens", self.max_new_tokens) < 1:
             raise InvalidRequestError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
@@ -131,7 +137,7 @@ def check_length(max_new_tokens: int | None, limit: int) -> int:
         return limit
     if not 1 <= _integer("max_new_tokens", max_new_tokens) <= limit:
         raise InvalidRequestError(f"max_new_tokens {max_new_tokens} must lie in [1, {limit}]")
-    return max_new_tokens
+    return int(max_new_tokens)
 
 
 def check_source(
@@ -155,10 +161,10 @@ def check_source(
         raise InvalidRequestError(f"rng must be 'torch' or 'philox', got {rng!r}")
     if has_generator:
         raise InvalidRequestError("a torch generator goes with rng='torch'; rng='philox' takes seeds")
-    found = list(range(count)) if seeds is None else list(seeds)
+    found = list(range(count)) if seeds is None else [_integer("seed", seed) for seed in seeds]
     if len(found) != count:
         raise InvalidRequestError(f"{len(found)} seeds for {count} images")
     for seed in found:
-        if not 0 <= _integer("seed", seed) < 2**63:
+        if not 0 <= seed < 2**63:
             raise InvalidRequestError(f"seed must lie in [0, 2**63), got {seed}")
     return found

@@ -83,8 +83,8 @@ class Scheduler:
     """
 
     def __init__(self, max_images: int) -> None:
-        if max_images < 1:
-            raise ConfigError(f"max_images must be at least 1, got {max_images}")
+        if not isinstance(max_images, int) or max_images < 1:
+            raise ConfigError(f"max_images must be an int of at least 1, got {max_images!r}")
         self.max_images = max_images
         self._next_id = 0
         self._version = 0

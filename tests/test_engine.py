@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -286,6 +287,12 @@ class TestWeights:
         assert torch.equal(after, Engine(model).generate([1], seeds=[0]))
         assert {w.data_ptr() for _, w in engine.weights._named()} == {p.data_ptr() for p in model.parameters()}
 
+    def test_layers_wrapped_by_compile(self) -> None:
+        model = fresh_model()
+        expected = Engine(model).generate([1])
+        model.layers[0] = torch.compile(model.layers[0])
+        assert torch.equal(Engine(model).generate([1]), expected)
+
     def test_bind_swaps_and_releases(self) -> None:
         engine = Engine(small_model())
         before = engine.generate([1])
@@ -456,6 +463,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "too many tokens": ({"max_new_tokens": 17}, "must lie in"),
     "no tokens": ({"max_new_tokens": 0}, "must lie in"),
     "settings of another batch": ({"params": [P()] * 3}, "3 sampling settings for 2"),
+    "settings of another kind": ({"params": {"cfg_scale": 2.0}}, "SamplingParams"),
     "seeds of another batch": ({"seeds": [1]}, "1 seeds for 2"),
     "negative seed": ({"seeds": [1, -1]}, "seed"),
     "huge seed": ({"seeds": [1, 2**63]}, "seed"),
@@ -472,6 +480,20 @@ def test_bad_calls(name: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         engine.generate(**{"condition": [1, 2], **arguments})
     assert engine.num_unfinished == 0
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    engine = Engine(small_model())
+    expected = engine.generate([1, 2], P(cfg_scale=2.0, top_k=5, top_p=0.5), seeds=[3, 4], max_new_tokens=3)
+    params = P(cfg_scale=np.float32(2), top_k=np.int64(5), top_p=np.float32(0.5))  # type: ignore[arg-type]
+    assert params == P(cfg_scale=2.0, top_k=5, top_p=0.5)
+    found = engine.generate(np.array([1, 2]), params, seeds=np.array([3, 4]), max_new_tokens=np.int64(3))  # type: ignore[arg-type]
+    assert torch.equal(found, expected)
+    engine.add_request(ImageRequest(label=np.int32(1), seed=np.uint64(3), params=params, max_new_tokens=3))  # type: ignore[arg-type]
+    assert torch.equal(_drain(engine)[0].tokens, expected[0])
+    for labels in (np.array([1.0]), np.array([True])):
+        with pytest.raises(InvalidRequestError, match="integers"):
+            engine.generate(labels)  # type: ignore[arg-type]
 
 
 def test_bad_captions() -> None:
@@ -504,6 +526,12 @@ def test_bad_engines() -> None:
         Engine(small_model(), max_images=0)
     with pytest.raises(ConfigError, match="max_new_tokens"):
         Engine(small_model(), max_new_tokens=17)
+    with pytest.raises(ConfigError, match="max_images"):
+        Engine(small_model(), max_images=2.5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="max_new_tokens"):
+        Engine(small_model(), max_new_tokens=4.5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="int4"):
+        Engine(small_model(), weight_format="int4")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="float64"):
         Engine(small_model(), dtype=torch.float64)
     with pytest.raises(BackendUnavailableError):

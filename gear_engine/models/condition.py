@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -91,6 +93,11 @@ class TextCondition:
 Condition = torch.Tensor | TextCondition
 
 
+def _is_integer(value: Any) -> bool:
+    """Python's ints and numpy's, no bools."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_labels(labels: torch.Tensor | Sequence[int], config: GeneratorConfig) -> list[int]:
     """Labels as a list of ints.
 
@@ -105,12 +112,12 @@ def check_labels(labels: torch.Tensor | Sequence[int], config: GeneratorConfig) 
             raise InvalidRequestError(f"labels must be integers of shape (B,), not {labels.dtype} {list(labels.shape)}")
         values = labels.tolist()
     else:
-        values = list(labels)
+        values = [int(label) if _is_integer(label) else label for label in labels]
     if not values:
         raise InvalidRequestError("at least one label is needed")
     last = config.num_classes if config.has_uncond_class else config.num_classes - 1
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, int):
+        if not _is_integer(value):
             raise InvalidRequestError(f"labels must be integers, got {value!r}")
         if not 0 <= value <= last:
             raise InvalidRequestError(f"label {value} must lie in [0, {last}]")

@@ -63,7 +63,9 @@ class Transformer(nn.Module):
 
     def weights(self) -> GeneratorWeights:
         """The weights by reference: later changes of the parameters show."""
-        return GeneratorWeights.from_state_dict(self.config, self.state_dict())
+        # torch.compile puts its own name into those of the layers that it wraps.
+        state = {name.replace("_orig_mod.", ""): tensor for name, tensor in self.state_dict().items()}
+        return GeneratorWeights.from_state_dict(self.config, state)
 
     def forward(self, tokens: torch.Tensor, condition: Condition) -> torch.Tensor:
         """Logits of every position of the sequence [prefix | image tokens].

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 
 from gear_engine.config import GeneratorConfig
-from gear_engine.errors import CheckpointError
+from gear_engine.errors import CheckpointError, ConfigError
 from gear_engine.ops.skinny_linear import PackedWeight, PackKind, Weight, pack, packed_nbytes
 
 __all__ = ["BlockWeights", "GeneratorWeights", "expected_shapes"]
@@ -175,7 +175,12 @@ class GeneratorWeights:
         return sum(weight.nbytes for _, weight in self._named())
 
     def nbytes_as(self, dtype: torch.dtype, pack_kind: PackKind | None = None) -> int:
-        """Bytes that :meth:`to` allocates on the same device; 0 if every weight is shared."""
+        """Bytes that :meth:`to` allocates on the same device; 0 if every weight is shared.
+
+        Raises :class:`ConfigError` if there is no such packing.
+        """
+        if pack_kind not in (None, "bf16", "int8"):
+            raise ConfigError(f"weights pack as 'bf16' or 'int8', not {pack_kind!r}")
         total = 0
         for name, weight in self._named():
             if not isinstance(weight, torch.Tensor):
