@@ -98,7 +98,7 @@ def make_plan(args: argparse.Namespace, world: World) -> Plan:
         )
         for scale in args.cfg_scale
     ]
-    tags = [sampling_tag(params) for params in scales]
+    tags = [sampling_tag(params, args.tag) for params in scales]
     if len(set(tags)) < len(tags):
         raise InvalidRequestError(f"--cfg-scale gives the same folder twice: {', '.join(tags)}")
     for flag in ("per_proc_batch_size", "decode_batch", "image_size", "image_size_eval"):

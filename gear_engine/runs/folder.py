@@ -43,7 +43,13 @@ def step_tag(checkpoint: Path) -> str:
 
 
 def sampling_tag(params: SamplingParams, tag: str = "") -> str:
-    """A folder name for sampling settings, such as ``cfg1.5-temp1-topk100``; ``tag`` is appended."""
+    """A folder name for sampling settings, such as ``cfg1.5-temp1-topk100``; ``tag`` is appended.
+
+    Raises:
+        InvalidRequestError: ``tag`` would lead to another folder.
+    """
+    if Path(tag).name != tag:
+        raise InvalidRequestError(f"--tag {tag!r} must be part of a folder's name, without slashes")
     parts = [f"cfg{params.cfg_scale:g}"]
     if params.cfg_interval >= 0:
         parts.append(f"cfgint{params.cfg_interval:g}")

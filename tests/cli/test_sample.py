@@ -379,6 +379,8 @@ def test_a_bad_checkpoint_is_refused(
         ["--device", "abacus"],
         ["--backend", "vulkan"],
         ["--decode-batch", "0"],
+        ["--tag", "a/b"],
+        ["--tag", "../other"],
         ["--no-keep-pngs", "--no-pack-npz"],
     ],
     ids=" ".join,
@@ -410,6 +412,20 @@ def test_memory_is_planned_for_cache_and_decoder(
     assert named in shown
     assert "Traceback" not in shown
     assert not (tmp_path / "out").exists()
+
+
+def test_an_image_size_that_tokens_cannot_tile_is_refused(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A published file says nothing about the size: what is asked for must be a multiple of the downsample."""
+    weights = torch.load(checkpoint, weights_only=True)
+    del weights["args"]
+    torch.save(weights, tmp_path / "published.pt")
+    assert sample(tmp_path / "published.pt", tmp_path / "out", "--image-size", "70", count=1) == 2
+    shown = capsys.readouterr().err
+    assert "70" in shown and "16" in shown and "Traceback" not in shown
+    assert not (tmp_path / "out").exists()
+    assert sample(tmp_path / "published.pt", tmp_path / "out", "--image-size", "64", count=1) == 0
 
 
 @pytest.mark.parametrize("label", ["-1", str(tiny.NUM_CLASSES + 1)])
