@@ -106,9 +106,9 @@ def test_folders_missing_files_and_pipes(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="pin its revision"):
         read_generator("some-org/some-model")
     for name in ("x" * 5000, f"{tmp_path}/{'x' * 300}/checkpoint.pt", "a\0b"):
-        with pytest.raises(CheckpointError, match="too long|null"):
+        with pytest.raises(CheckpointError, match=r"too long|null"):
             read_generator(name)
-        with pytest.raises(CheckpointError, match="too long|null"):
+        with pytest.raises(CheckpointError, match=r"too long|null"):
             read_tokenizer(name)
     os.mkfifo(tmp_path / "pipe")
     worker = threading.Thread(target=refused, args=(tmp_path / "pipe", "not a regular file"), daemon=True)
