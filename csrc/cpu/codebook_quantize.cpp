@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "cpu/codebook_quantize.h"
+#include "cpu/codebook_quantize_exact.h"
 #include "cpu/simd.h"
 
 namespace gear::GEAR_ISA {
@@ -71,68 +71,6 @@ void propose(const float* tile, const float* panels, const float* bias, int64_t 
   }
 }
 
-// How far below the row's best proposal the official best can lie; see "Error bound" in docs/codebook_quantize.md.
-double slack(const QuantizeProblem& problem, double z_norm2, double max_norm2) {
-  const double unit = 0x1p-24, d = static_cast<double>(problem.d);
-  const double product = std::sqrt(z_norm2 * max_norm2);
-  double bound;
-  if (problem.metric == Metric::l2) {
-    const double square = z_norm2 + max_norm2;
-    bound = unit * ((d + 2) * (product + max_norm2 / 2) + d * product + square + product);
-  } else {
-    bound = unit * (2 * d + 2) * product + 0x1p-25;  // 2^-25: what exp() still rounds to 1
-  }
-  const double underflow = (d + 4) * 0x1p-125;
-  return 2 * 1.01 * bound + underflow;
-}
-
-// The best code so far under the formula of the header. A NaN is the smallest distance and the largest product, and the
-// first one wins, as torch's argmin and max have it.
-class Best {
- public:
-  Best(const QuantizeProblem& problem, int64_t row)
-      : problem_(problem),
-        z_(problem.z + row * problem.d),
-        z2_(problem.metric == Metric::l2 ? problem.z2[row] : 0.0f) {}
-
-  void offer(int64_t code) {
-    const float score = score_of(code);
-    const bool better = is_nan(score) ? !is_nan(score_) || code < code_
-                                      : !is_nan(score_) && (score > score_ || (score == score_ && code < code_));
-    if (code_ < 0 || better) {
-      score_ = score;
-      code_ = code;
-    }
-  }
-
-  // Inner product: a lower code within the rounding of exp() to 1 takes the place of the best one.
-  void offer_tie(int64_t code) {
-    if (code < tie_ && score_ - score_of(code) <= 0x1p-25f) tie_ = code;
-  }
-  void settle_ties() { code_ = tie_ < code_ ? tie_ : code_; }
-
-  int64_t code() const { return code_; }
-
- private:
-  static bool is_nan(float x) { return x != x; }
-
-  // Larger is better: minus the distance, or the product.
-  float score_of(int64_t code) const {
-    const float* e = problem_.codebook + code * problem_.d;
-    float dot = z_[0] * e[0];
-    for (int64_t i = 1; i < problem_.d; ++i) dot = __builtin_fmaf(z_[i], e[i], dot);
-    if (problem_.metric == Metric::inner_product) return dot;
-    return -((z2_ + problem_.e2[code]) - 2 * dot);
-  }
-
-  const QuantizeProblem& problem_;
-  const float* z_;
-  float z2_;
-  float score_ = 0;
-  int64_t code_ = -1;
-  int64_t tie_ = INT64_MAX;
-};
-
 // Calls visit(code) for the codes of every (group, lane) that reaches the threshold.
 template <class Visit>
 void for_candidates(const float* maxima, int64_t groups, int64_t k, float threshold, Visit visit) {
@@ -159,14 +97,12 @@ int64_t decide(const QuantizeProblem& problem, const PackedCodebook& packed, int
     const double x = problem.z[row * problem.d + i];
     z_norm2 += x * x;
   }
-  const double bound = slack(problem, z_norm2, packed.max_norm2);
+  const double bound = fp32_proposal_slack(problem, z_norm2, packed.max_norm2);
   Best winner(problem, row);
-  const bool finite = std::isfinite(top) && bound <= 0x1p120;
-  const float threshold = static_cast<float>(top - bound);
+  const bool finite = std::isfinite(top) && bound <= kLargestBound;
+  const float lower = candidate_threshold(top, bound);
   const bool ties = problem.metric == Metric::inner_product;
   if (finite) {
-    // Rounded down by one part in 2^23, since the conversion rounds to nearest.
-    const float lower = threshold - std::fabs(threshold) * 0x1p-23f;
     for_candidates(maxima, groups, problem.k, lower, [&](int64_t code) { winner.offer(code); });
     if (ties) for_candidates(maxima, groups, problem.k, lower, [&](int64_t code) { winner.offer_tie(code); });
   } else {

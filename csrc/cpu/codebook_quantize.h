@@ -12,6 +12,9 @@
 // the maximum of each (group of kGroup codes, lane): K / lanes numbers of thread-local scratch. The second evaluates
 // the formula above for the codes of every (group, lane) whose maximum lies within the two computations' joint error
 // bound of the row's best; usually that is one. Rows for which there is no finite bound are evaluated in full.
+//
+// With AMX the first pass runs in bf16 on tile registers (codebook_quantize_tiles.cpp), with its own, wider bound. A
+// block of rows that it leaves too far open, or without a finite bound, takes the fp32 passes; the index is the same.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +33,14 @@ struct PackedCodebook {
   double max_norm2;     // largest |e|^2
 };
 
+// Codes as rows of bf16 slots for the tile registers; see codebook_quantize_tiles.cpp.
+struct TiledCodebook {
+  const uint16_t* slots;               // [granules * kGranule][n_slots]
+  int64_t n_slots;                     // a multiple of kStepSlots
+  int64_t granules;                    // even
+  float max_whole, max_low, max_rest;  // largest |e|^2, |e - hi|^2 and |e - hi - lo|^2
+};
+
 struct QuantizeProblem {
   const float* z;         // [n, d]
   const float* z2;        // [n]: |z|^2 as the official code rounds it (l2 only)
@@ -44,6 +55,12 @@ struct QuantizeProblem {
 namespace codebook_quantize {
 constexpr int64_t kGroup = 256;     // codes per maximum kept (a multiple of every panel width)
 constexpr int64_t kBlockRows = 96;  // rows that share a pass over the codebook
+
+// On tile registers:
+constexpr int64_t kGranule = 16;         // codes per maximum kept
+constexpr int64_t kStepSlots = 32;       // bf16 numbers per row of a tile
+constexpr int64_t kMostTileRows = 256;   // rows that share a pass over the codebook, at most; a multiple of 32
+constexpr int64_t kMostCandidates = 32;  // granules per row, on average, past which the fp32 pass is faster
 }  // namespace codebook_quantize
 
 namespace cpu {
@@ -63,3 +80,18 @@ GEAR_DECLARE_ISA(int64_t, codebook_scratch_floats, (const gear::QuantizeProblem&
 GEAR_DECLARE_ISA(void, codebook_quantize_rows,
                  (const gear::QuantizeProblem& problem, const gear::PackedCodebook& packed, int64_t first, int64_t last,
                   float* scratch))
+
+#ifdef GEAR_X86
+// For machines with AMX.
+namespace gear::avx512 {
+int64_t codebook_tile_slots(const QuantizeProblem& problem);
+// Packs one granule into slots [kGranule][n_slots]; max_norms[3]: the norms of TiledCodebook over the granule.
+void codebook_tile_pack(const QuantizeProblem& problem, int64_t granule, int64_t n_slots, uint16_t* slots,
+                        float* max_norms);
+int64_t codebook_tile_scratch_bytes(const TiledCodebook& codes, int64_t block_rows);
+// Quantizes rows [first, last), at most block_rows (a multiple of 32, at most kMostTileRows). False: the block has to
+// take the fp32 passes, and what is in its indices is void.
+bool codebook_tile_rows(const QuantizeProblem& problem, const TiledCodebook& codes, int64_t first, int64_t last,
+                        int64_t block_rows, char* memory);
+}  // namespace gear::avx512
+#endif

@@ -13,21 +13,18 @@ from hypothesis import strategies as st
 from gear_engine.errors import BackendUnavailableError
 from gear_engine.ops import native
 from gear_engine.ops.codebook_quantize import codebook_quantize, reference
+from tests.ops.cpu_paths import LEVELS, PATHS, forced
 
 METRICS = ("l2", "l2_normalized", "inner_product")
-LEVELS = ("portable", "avx2", "avx512")
+#: The op has no code of its own for the vector dot products ("avx512-dot").
+CODE_PATHS = ("portable", "avx2", "avx512", "avx512-amx")
 
 
-@pytest.fixture(params=LEVELS)
+@pytest.fixture(params=CODE_PATHS)
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Forces one instruction set."""
-    module = native.module()
-    before = module.cpu_isa()
-    if LEVELS.index(request.param) > LEVELS.index(module.best_cpu_isa()):
-        pytest.skip(f"this machine has no {request.param}")
-    module.set_cpu_isa(request.param)
-    yield request.param
-    module.set_cpu_isa(before)
+    """Forces one code path."""
+    with forced(request.param):
+        yield request.param
 
 
 def formula(z: torch.Tensor, codebook: torch.Tensor, metric: str) -> torch.Tensor:
@@ -47,31 +44,26 @@ def formula(z: torch.Tensor, codebook: torch.Tensor, metric: str) -> torch.Tenso
     return ((z**2).sum(dim=1, keepdim=True) + (codebook**2).sum(dim=1) - 2 * dot).argmin(dim=1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     n=st.integers(1, 200),
     k=st.integers(1, 700),
     d=st.one_of(st.integers(1, 24), st.sampled_from([31, 72, 100, 255, 512])),
     metric=st.sampled_from(METRICS),
     scale=st.sampled_from([1e-4, 1.0, 50.0]),
-    level=st.sampled_from(LEVELS),
+    level=st.sampled_from(CODE_PATHS),
     seed=st.integers(0, 10**6),
 )
 def test_matches_the_formula_on_odd_shapes(
     n: int, k: int, d: int, metric: str, scale: float, level: str, seed: int
 ) -> None:
-    module = native.module()
-    if LEVELS.index(level) > LEVELS.index(module.best_cpu_isa()):
+    if LEVELS.index(PATHS[level][0]) > LEVELS.index(native.module().best_cpu_isa()):
         return
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(n, d, generator=generator) * scale
     codebook = torch.randn(k, d, generator=generator)
-    before = module.cpu_isa()
-    module.set_cpu_isa(level)
-    try:
+    with forced(level):
         indices, quantized = codebook_quantize(z, codebook, metric, backend="cpu")  # type: ignore[arg-type]
-    finally:
-        module.set_cpu_isa(before)
     assert torch.equal(indices, formula(z, codebook, metric))
     expected = F.normalize(codebook, dim=-1) if metric == "l2_normalized" else codebook
     assert torch.equal(quantized, expected[indices])
@@ -143,8 +135,24 @@ def test_strided_input_and_no_rows() -> None:
     assert quantized.shape == (0, 8)
 
 
-def test_the_number_of_threads_changes_nothing() -> None:
-    z, codebook = torch.randn(1000, 8), torch.randn(5000, 8)
+def test_blocks_that_bf16_proposals_leave_open(level: str) -> None:
+    """Rows with a narrow choice (settled at once), with thousands of near codes and without a finite bound, mixed."""
+    centre = torch.randn(40)
+    codebook = torch.cat([torch.randn(500, 40), centre + torch.randn(3000, 40) * 1e-4])
+    z = torch.randn(600, 40)
+    z[300:340] = centre + torch.randn(40, 40) * 1e-4
+    z[500, 3] = torch.inf
+    for metric in ("l2", "inner_product"):
+        indices, quantized = codebook_quantize(z, codebook, metric, backend="cpu")  # type: ignore[arg-type]
+        assert torch.equal(indices[:500], formula(z[:500], codebook, metric))
+        assert torch.equal(indices[501:], formula(z[501:], codebook, metric))
+        assert torch.equal(indices[500:501], reference(z[500:501], codebook, metric)[0])  # type: ignore[arg-type]
+        assert torch.equal(quantized, codebook[indices])
+
+
+@pytest.mark.parametrize("width", [8, 100])
+def test_the_number_of_threads_changes_nothing(level: str, width: int) -> None:
+    z, codebook = torch.randn(1000, width), torch.randn(5000, width)
     module = native.module()
     found = []
     for threads in (1, 2, 5):
