@@ -87,6 +87,11 @@ def _key(states: torch.Tensor | None, mask: torch.Tensor | None) -> bytes:
     return digest.digest()
 
 
+def _place(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], torch.dtype]:
+    """Tells two living tensors of one shape apart unless they are the same view of the same bytes."""
+    return tensor.data_ptr(), tensor.stride(), tensor.dtype
+
+
 def label_rows(labels: Sequence[int], guided: int, weights: GeneratorWeights) -> PrefixRows:
     """A label per image, then the unconditional class ``guided`` times."""
     return class_rows(torch.tensor([*labels, *[weights.config.num_classes] * guided], device=weights.device))
@@ -113,7 +118,7 @@ class PrefixEncoder:
         states = self._encode(weights, ops, [(caption.states, caption.mask) for caption in captions])
         wanted = []
         missing: dict[bytes, tuple[torch.Tensor, torch.Tensor | None]] = {}
-        keys: dict[tuple[int, int], bytes] = {}
+        keys: dict[tuple[Any, Any], bytes] = {}
         for caption, is_guided in zip(captions, guided, strict=True):
             if not is_guided:
                 continue
@@ -121,7 +126,7 @@ class PrefixEncoder:
             if null is None:
                 raise ValueError("an image with guidance has no null caption")
             # Images of one request batch share the tensors: their content is hashed once.
-            pair = (null.data_ptr(), 0 if mask is None else mask.data_ptr())
+            pair = (_place(null), None if mask is None else _place(mask))
             if pair not in keys:
                 keys[pair] = _key(None if caption.null is None else null, mask)
             key = keys[pair]
