@@ -75,6 +75,12 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if (args.prompts_jsonl is None) == (args.features is None):
         raise InvalidRequestError("give --prompts-jsonl FILE, or --features FILE with precomputed states")
+    if args.features is not None:
+        unused = [
+            name for name in ("text_encoder", "text_max_len", "text_dtype", "encode_batch") if getattr(args, name)
+        ]
+        if unused:
+            raise InvalidRequestError(f"--{unused[0].replace('_', '-')} has no meaning with --features: drop it")
     if args.num < 0 or args.text_max_len < 0 or (args.encode_batch is not None and args.encode_batch < 1):
         raise InvalidRequestError("--num, --text-max-len and --encode-batch must not be negative")
 

@@ -223,6 +223,8 @@ def test_an_encoder_of_the_other_kind_is_refused(
         (["--prompts-jsonl", "absent.jsonl"], "cannot read prompts"),
         (["--features", "absent.safetensors"], "cannot read features"),
         (["--features", "{features}", "--num", "-1"], "must not be negative"),
+        (["--features", "{features}", "--text-encoder", "x"], "--text-encoder has no meaning with --features"),
+        (["--features", "{features}", "--text-dtype", "fp32"], "--text-dtype has no meaning with --features"),
         (["--prompts-jsonl", "{prompts}"], "--text-encoder"),
         (["--prompts-jsonl", "{prompts}", "--text-encoder", "/nowhere", "--text-max-len", "5"], "text-max-len"),
         (["--prompts-jsonl", "{prompts}", "--text-encoder", "/nowhere"], "text encoder"),
