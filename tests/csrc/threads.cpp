@@ -5,15 +5,23 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <random>
 #include <thread>
 #include <vector>
 
+#include "common/packing.h"
 #include "cpu/codebook_quantize.h"
 #include "cpu/decode_attention.h"
+#include "cpu/decode_step.h"
+#include "cpu/group_norm_silu.h"
 #include "cpu/parallel.h"
+#include "cpu/residual_moments.h"
+#include "cpu/sample_tokens.h"
+#include "cpu/sign_bits.h"
 #include "cpu/skinny_linear.h"
+#include "cpu/soft_readout.h"
 
 namespace {
 
@@ -63,6 +71,147 @@ std::vector<float> attention() {
   return out;
 }
 
+// Operands of the weights of a model; their storage lives as long as this does.
+class Weights {
+ public:
+  explicit Weights(gear::WeightKind kind) : kind_(kind) {}
+
+  gear::StepWeight make(int64_t out, int64_t in) {
+    const auto values = normal(out * in, ++seed_);
+    const float size = 1 / std::sqrt(static_cast<float>(in));
+    const bool int8 = kind_ == gear::WeightKind::int8_panels;
+    const int64_t bytes = int8 ? 1 : 2;
+    std::vector<char> data(kind_ == gear::WeightKind::f32_rows
+                               ? out * in * 4
+                               : gear::packed_panels(out) * gear::packed_panel_bytes(in, bytes));
+    for (int64_t i = 0; i < out * in; ++i) {
+      const float value = values[i] * size;
+      const int64_t place = gear::packed_index(i / in, i % in, in, bytes) * bytes;
+      if (kind_ == gear::WeightKind::f32_rows) {
+        std::memcpy(&data[i * 4], &value, 4);
+      } else if (int8) {
+        data[place] = static_cast<char>(static_cast<int8_t>(std::fmax(-127, std::fmin(127, values[i] * 30))));
+      } else {
+        std::memcpy(&data[place], reinterpret_cast<const char*>(&value) + 2, 2);  // the upper half is a bf16
+      }
+    }
+    data_.push_back(std::move(data));
+    scales_.emplace_back(out, size / 30);
+    return {static_cast<int64_t>(kind_), data_.back().data(), int8 ? scales_.back().data() : nullptr};
+  }
+
+ private:
+  gear::WeightKind kind_;
+  unsigned seed_ = 20;
+  std::vector<std::vector<char>> data_;
+  std::vector<std::vector<float>> scales_;
+};
+
+// Two steps of a model of two layers; fp32 activations.
+std::vector<float> step(gear::WeightKind kind) {
+  constexpr int64_t layers = 2, dim = 64, ffn = 96, vocab = 203, heads = 4, kv_heads = 2, head_dim = 16;
+  constexpr int64_t slots = 4, entries = 24, rows = 3;
+  constexpr int64_t slot_stride = kv_heads * entries * head_dim, values_at = slots * slot_stride;
+  const auto embeddings = normal(vocab * dim, 10), rope = normal(entries * head_dim, 11);
+  const std::vector<float> ones(dim, 1.0f), bias(slots, 0.5f);
+  auto kv = normal(layers * 2 * values_at, 12);
+  Weights weights(kind);
+  const gear::StepModel model{layers,
+                              dim,
+                              ffn,
+                              vocab,
+                              heads,
+                              kv_heads,
+                              static_cast<int64_t>(gear::Dtype::f32),
+                              embeddings.data(),
+                              ones.data(),
+                              weights.make(vocab, dim),
+                              kv.data(),
+                              slots,
+                              entries,
+                              2 * values_at,
+                              values_at,
+                              slot_stride,
+                              entries * head_dim,
+                              head_dim,
+                              bias.data(),
+                              rope.data()};
+  std::vector<int64_t> words(sizeof model / 8 + layers * sizeof(gear::StepLayer) / 8);
+  std::memcpy(words.data(), &model, sizeof model);
+  for (int64_t i = 0; i < layers; ++i) {
+    const gear::StepLayer layer{ones.data(),
+                                weights.make(dim + 2 * kv_heads * head_dim, dim),
+                                weights.make(dim, dim),
+                                ones.data(),
+                                weights.make(ffn, dim),
+                                weights.make(ffn, dim),
+                                weights.make(dim, ffn)};
+    std::memcpy(words.data() + (sizeof model + i * sizeof layer) / 8, &layer, sizeof layer);
+  }
+  std::vector<float> logits(2 * rows * vocab);
+  const std::vector<int64_t> tokens{5, 202, 0}, at{3, 0, 2}, positions{0, 20, 7}, later{1, 21, 8};
+  gear::cpu::decode_step(words.data(), 1e-5f, rows, tokens.data(), at.data(), positions.data(), logits.data());
+  gear::cpu::decode_step(words.data(), 1e-5f, rows, tokens.data(), at.data(), later.data(),
+                         logits.data() + rows * vocab);
+  return logits;
+}
+
+std::vector<float> sampled(bool given) {
+  constexpr int64_t images = 4, vocab = 1003;
+  const auto logits = normal(2 * images * vocab, 13);
+  auto noise = normal(images * vocab, 14);
+  for (float& q : noise) q = std::fabs(q) + 1e-3f;
+  const std::vector<int64_t> uncond{4, 5, -1, 7}, top_k{vocab, 50, vocab, 1}, seeds{1, -7, 1ll << 40, 0};
+  const std::vector<int64_t> positions{0, 255, 3, 9};
+  const std::vector<float> scale{4, 1.5f, 1, 2}, temperature{1, 0.7f, 2, 1}, top_p{1, 1, 0.8f, 1};
+  const bool greedy[images] = {false, false, false, true};
+  std::vector<int64_t> tokens(images);
+  gear::cpu::sample_tokens(images, vocab, logits.data(), uncond.data(), scale.data(), temperature.data(), top_k.data(),
+                           top_p.data(), greedy, given ? noise.data() : nullptr, seeds.data(), positions.data(),
+                           tokens.data());
+  return {tokens.begin(), tokens.end()};
+}
+
+std::vector<float> philox() {
+  std::vector<float> q(1003);
+  gear::cpu::philox_noise(1ll << 40, 17, static_cast<int64_t>(q.size()), q.data());
+  return q;
+}
+
+std::vector<float> signs() {
+  constexpr int64_t n = 3000, d = 18, groups = 2;
+  const auto z = normal(n * d, 15);
+  std::vector<int64_t> indices(n * groups);
+  std::vector<float> result(n * d);
+  gear::cpu::sign_bits(z.data(), 1, n, n, d, groups, indices.data(), result.data());
+  for (const int64_t index : indices) result.push_back(static_cast<float>(index));
+  return result;
+}
+
+std::vector<float> readout() {
+  constexpr int64_t n = 150, k = 300, d = 8, c = 24;
+  const auto z = normal(n * d, 16), codebook = normal(k * d, 17), bias = normal(k, 18), table = normal(k * c, 19);
+  std::vector<float> out(n * c);
+  gear::cpu::soft_readout(z.data(), codebook.data(), bias.data(), table.data(), n, k, d, c, 0.7f, out.data());
+  return out;
+}
+
+// The residual stream of two convolutions, the second of an upsampling, then the norm that follows them.
+std::vector<float> residuals() {
+  constexpr int64_t rows = 10, width = 12, channels = 64, groups = 32, n = rows * width * channels;
+  const auto first = normal(n, 6), second = normal((rows / 2 + 1) * (width / 2 + 1) * 4 * channels, 7);
+  const auto weight = normal(channels, 8), bias = normal(channels, 9);
+  std::vector<float> x(n), y(n);
+  std::vector<double> moments(rows * groups * 2);
+  gear::cpu::residual_moments(first.data(), 0, x.data(), false, -1, moments.data(), rows, width, channels, groups);
+  gear::cpu::residual_moments(second.data(), 0, x.data(), true, 1, moments.data(), rows, width, channels, groups);
+  gear::cpu::group_norm_silu(x.data(), 0, y.data(), 0, rows, width, channels, moments.data(), rows, groups,
+                             weight.data(), bias.data(), 1e-6, true);
+  y.insert(y.end(), x.begin(), x.end());
+  y.insert(y.end(), moments.begin(), moments.end());
+  return y;
+}
+
 bool same_from_every_thread(const char* name, const std::function<std::vector<float>()>& run) {
   gear::set_num_threads(1);
   const std::vector<float> expected = run();
@@ -77,7 +226,7 @@ bool same_from_every_thread(const char* name, const std::function<std::vector<fl
       for (const auto& result : found) equal = equal && result == expected;
     }
   }
-  std::printf("%-20s %s\n", name, equal ? "equal from every thread" : "DIFFERS");
+  std::printf("%-22s %s\n", name, equal ? "equal from every thread" : "DIFFERS");
   return equal;
 }
 
@@ -89,5 +238,14 @@ int main() {
   equal &= same_from_every_thread("codebook_quantize ip", [] { return quantize(1); });
   equal &= same_from_every_thread("skinny_linear", linear);
   equal &= same_from_every_thread("decode_attention", attention);
+  equal &= same_from_every_thread("decode_step fp32", [] { return step(gear::WeightKind::f32_rows); });
+  equal &= same_from_every_thread("decode_step bf16", [] { return step(gear::WeightKind::bf16_panels); });
+  equal &= same_from_every_thread("decode_step int8", [] { return step(gear::WeightKind::int8_panels); });
+  equal &= same_from_every_thread("sample_tokens noise", [] { return sampled(true); });
+  equal &= same_from_every_thread("sample_tokens philox", [] { return sampled(false); });
+  equal &= same_from_every_thread("philox_noise", philox);
+  equal &= same_from_every_thread("sign_bits", signs);
+  equal &= same_from_every_thread("soft_readout", readout);
+  equal &= same_from_every_thread("residuals and norm", residuals);
   return equal ? EXIT_SUCCESS : EXIT_FAILURE;
 }
