@@ -50,7 +50,7 @@ class Engine:
         generator: a :class:`Transformer` in eval mode, or weights. They are read in place and never written; a later
             change of the parameters shows (call :meth:`invalidate` then: unconditional captions are kept).
         max_images: images in flight at once; more requests wait.
-        dtype: compute and cache dtype; None means the weights'. Another dtype copies the weights.
+        dtype: compute and cache dtype; None means the weights'. Another dtype, or strides, copies the weights.
         backend: one backend name for all ops, or a name per op; see :mod:`gear_engine.ops.backends`.
         max_new_tokens: the longest request; None means the model's ``block_size``.
         weight_format: pack the linear weights (a copy): ``"bf16"``, or ``"int8"`` with one scale per output row. None
@@ -97,7 +97,8 @@ class Engine:
             weight_bytes=weights.nbytes_as(self.dtype, self.weight_format),
         )
         available = available_bytes(self.device) if memory_budget is None else memory_budget
-        check_fits(plan, available, f"lower max_images (now {max_images}) or choose a smaller dtype")
+        hint = f"lower max_images, the images at a time (now {max_images}), or choose a smaller dtype"
+        check_fits(plan, available, hint)
         self.cache = StaticKVCache(config, 2 * max_images, self.max_new_tokens, self.dtype, self.device)
         self._tokens = torch.zeros(2 * max_images, self.max_new_tokens, dtype=torch.int64, device=self.device)
         self._prefixes = PrefixEncoder()

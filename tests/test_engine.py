@@ -14,6 +14,7 @@ from gear_engine import runner
 from gear_engine.engine import Engine, FinishedImage
 from gear_engine.errors import (
     BackendUnavailableError,
+    CheckpointError,
     ConfigError,
     InvalidRequestError,
     NumericalError,
@@ -286,6 +287,27 @@ class TestWeights:
         assert not torch.equal(before, after)
         assert torch.equal(after, Engine(model).generate([1], seeds=[0]))
         assert {w.data_ptr() for _, w in engine.weights._named()} == {p.data_ptr() for p in model.parameters()}
+
+    @pytest.mark.parametrize("backend", ["reference", "auto"])
+    def test_strides_do_not_matter(self, backend: str) -> None:
+        model = fresh_model()
+        expected = Engine(model, backend=backend).generate([1, 2], GUIDED)
+        assert model.weights().nbytes_as(torch.float32) == 0
+        for parameter in model.parameters():
+            wide = torch.zeros(*parameter.shape, 2)
+            wide[..., 0] = parameter.data
+            parameter.data = wide[..., 0]
+        weights = model.weights()
+        assert weights.nbytes_as(torch.float32) == weights.nbytes, "copies are planned for"
+        assert torch.equal(Engine(model, backend=backend).generate([1, 2], GUIDED), expected)
+
+    def test_weights_in_two_places_or_none(self) -> None:
+        model = fresh_model()
+        model.layers[1].to("meta")
+        with pytest.raises(CheckpointError, match=r"layers\.1\.attention_norm\.weight is meta.*which is cpu"):
+            Engine(model)
+        with pytest.raises(ConfigError, match="meta device"):
+            Engine(model.to("meta"))
 
     def test_layers_wrapped_by_compile(self) -> None:
         model = fresh_model()

@@ -133,7 +133,7 @@ class GeneratorWeights:
         """References the tensors of an official state dict (ours or the user's module's), without copying any.
 
         Raises:
-            CheckpointError: a weight is missing, has another shape or dtype, or is unknown; the message names it.
+            CheckpointError: a weight is missing, unknown, or of another shape, dtype or device; the message names it.
         """
         shapes = expected_shapes(config)
         for key, shape in shapes.items():
@@ -141,8 +141,10 @@ class GeneratorWeights:
                 raise CheckpointError(f"weight {key} {shape} is missing")
             if tuple(state[key].shape) != shape:
                 raise CheckpointError(f"weight {key} has shape {tuple(state[key].shape)}, the model needs {shape}")
-            if state[key].dtype != state["tok_embeddings.weight"].dtype:
-                raise CheckpointError(f"weight {key} is {state[key].dtype}, unlike tok_embeddings.weight")
+            for name in ("dtype", "device"):
+                found, wanted = (getattr(state[which], name) for which in (key, "tok_embeddings.weight"))
+                if found != wanted:
+                    raise CheckpointError(f"weight {key} is {found}, unlike tok_embeddings.weight, which is {wanted}")
         for key in state:
             if key not in shapes and not _CACHE_KEY.fullmatch(key):
                 raise CheckpointError(f"unknown weight {key}")
@@ -187,7 +189,7 @@ class GeneratorWeights:
                 continue
             if pack_kind is not None and name in LINEAR:
                 total += packed_nbytes(weight.shape[0], weight.shape[1], pack_kind)
-            elif weight.dtype != dtype:
+            elif weight.dtype != dtype or not weight.is_contiguous():
                 total += weight.numel() * dtype.itemsize
         return total
 
@@ -197,10 +199,15 @@ class GeneratorWeights:
         dtype: torch.dtype | None = None,
         pack_kind: PackKind | None = None,
     ) -> GeneratorWeights:
-        """The same weights on ``device`` in ``dtype``; those that are so already are shared, not copied.
+        """The same weights on ``device`` in ``dtype``, contiguous; those that are so already are shared, not copied.
 
         ``pack_kind`` packs the linear ones (not embedding tables and norms) into the layout of the compiled kernels.
+
+        Raises:
+            ConfigError: the weights are on the meta device.
         """
+        if self.device.type == "meta":
+            raise ConfigError("the weights are on the meta device, where tensors hold no numbers: load some first")
 
         def move(name: str, weight: Weight | None) -> Weight | None:
             if weight is None:
@@ -210,7 +217,7 @@ class GeneratorWeights:
                 return dataclasses.replace(weight, data=weight.data.to(device), scales=scales)
             if pack_kind is not None and name in LINEAR:
                 return pack(weight.to(device), pack_kind)
-            return weight.to(device=device, dtype=dtype)
+            return weight.to(device=device, dtype=dtype).contiguous()
 
         def moved(part: GeneratorWeights | BlockWeights) -> dict[str, Any]:
             return {name: move(name, getattr(part, name)) for name in _weight_fields(part)}
