@@ -1,6 +1,7 @@
 // The Python module gear_engine._C: one line per op, sorted by name. See common/bind.h.
 #include "common/bind.h"
 #include "cpu/codebook_quantize.h"
+#include "cpu/conv_rows.h"
 #include "cpu/decode_attention.h"
 #include "cpu/decode_step.h"
 #include "cpu/group_norm_silu.h"
@@ -44,6 +45,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_num_threads", &gear::set_num_threads);
 
   op(m, "codebook_quantize_cpu", &gear::cpu::codebook_quantize);
+  op(m, "conv_rows_cpu", &gear::cpu::conv_rows);
+  op(m, "conv_rows_pack_cpu", &gear::cpu::conv_rows_pack);
   op(m, "decode_attention_cpu", &gear::cpu::decode_attention);
   op(m, "decode_step_cpu", &gear::cpu::decode_step);
   op(m, "group_norm_silu_cpu", &gear::cpu::group_norm_silu);

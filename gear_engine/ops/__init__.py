@@ -14,6 +14,7 @@ import torch
 from gear_engine.ops import (
     backends,
     codebook_quantize,
+    conv_rows,
     decode_attention,
     decode_step,
     group_norm_silu,
@@ -29,6 +30,7 @@ __all__ = [
     "GeneratorOps",
     "backends",
     "codebook_quantize",
+    "conv_rows",
     "decode_attention",
     "decode_step",
     "group_norm_silu",

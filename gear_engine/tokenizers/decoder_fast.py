@@ -12,7 +12,7 @@ its batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,76 +24,10 @@ from gear_engine.errors import BackendUnavailableError, ConfigError, InvalidRequ
 from gear_engine.ops import native
 from gear_engine.tokenizers import magvit2, vqgan
 from gear_engine.tokenizers.canvas import Arena, Canvas
+from gear_engine.tokenizers.convolution import Convolution
 from gear_engine.tokenizers.tokenizer import Tokenizer
 
 __all__ = ["Decoder", "unavailable"]
-
-
-#: (first row, row after the last, output [last - first (+ 1 for phases), W', out]).
-_Strip = tuple[int, int, torch.Tensor]
-
-
-def _phase_weights(weight: torch.Tensor) -> torch.Tensor:
-    """[out, in, 3, 3] -> [4 out, in, 2, 2]: the 3 x 3 taps that fall on each of the two rows and columns of a phase."""
-    # Phase 0 sees (the row above, its own row): taps {0}, {1, 2}; phase 1 (its own row, the row below): {0, 1}, {2}.
-    fold = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # [phase, row, tap]
-    phases = torch.einsum("pyi,qxj,ocij->pqocyx", fold, fold, weight)
-    return phases.reshape(4 * weight.shape[0], weight.shape[1], 2, 2)
-
-
-class _Conv:
-    """A convolution over channels-last rows that were padded above and below: [h + k - 1, W, in] -> [h, W', out].
-
-    oneDNN reorders a weight into blocks before it multiplies; with ``keep`` that happens once, else at every call, so
-    that weights are read where they lie and nothing of them is kept.
-    """
-
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, *, keep: bool, phases: bool = False) -> None:
-        self._conv, self._dtype, self._keep, self._phases = conv, dtype, keep, phases
-        kernel = 2 if phases else conv.kernel_size[0]
-        self._halo = kernel - 1
-        self._padding = [0, 1 if kernel > 1 else 0]
-        self.out_channels = conv.out_channels * (4 if phases else 1)
-        self._kept: tuple[torch.Tensor, torch.Tensor | None] | None = None
-
-    def _weights(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(reordered weight, bias) for operands like ``image`` [1, in, h, W]."""
-        if self._kept is not None:
-            return self._kept
-        weight, bias = self._conv.weight.detach(), self._conv.bias
-        if self._phases:
-            weight = _phase_weights(weight)
-            bias = None if bias is None else bias.detach().repeat(4)
-        weight = torch.ops.mkldnn._reorder_convolution_weight(
-            weight.to(self._dtype), self._padding, [1, 1], [1, 1], 1, list(image.shape)
-        )
-        found = weight, None if bias is None else bias.detach().to(self._dtype)
-        if self._keep:
-            self._kept = found
-        return found
-
-    def __call__(self, operand: torch.Tensor, bounds: Sequence[tuple[int, int]]) -> Iterator[_Strip]:
-        """Yields ``(first, last, output)`` for every pair in ``bounds``; ``operand`` has one row more above and below.
-
-        Args:
-            operand: [H + 2, W, in]; [H, W, in] for a 1 x 1 convolution.
-            bounds: rows of H; their outputs have one row more for phases.
-        """
-        halo = 2 if self._halo else 0
-        weight = bias = None
-        for first, last in bounds:
-            image = operand[first : last + halo].permute(2, 0, 1).unsqueeze(0)  # [1, in, h, W], channels last
-            if weight is None:
-                weight, bias = self._weights(image)
-            out = torch.ops.mkldnn._convolution_pointwise(
-                image, weight, bias, self._padding, [1, 1], [1, 1], 1, "none", [], ""
-            )
-            yield first, last, out.squeeze(0).permute(1, 2, 0).contiguous()
-
-    def whole(self, operand: torch.Tensor) -> torch.Tensor:
-        """The output for all rows at once."""
-        rows = operand.shape[0] - (2 if self._halo else 0)
-        return next(self(operand, [(0, rows)]))[2]
 
 
 class _Step(Protocol):
@@ -105,10 +39,10 @@ class _ResidualStep:
 
     def __init__(self, block: vqgan.ResidualBlock | magvit2.ResidualBlock, dtype: torch.dtype, keep: bool) -> None:
         self.norm1, self.norm2 = block.norm1, block.norm2
-        self.conv1, self.conv2 = _Conv(block.conv1, dtype, keep=keep), _Conv(block.conv2, dtype, keep=keep)
+        self.conv1, self.conv2 = Convolution(block.conv1, dtype, keep=keep), Convolution(block.conv2, dtype, keep=keep)
         shortcut = block._modules.get("nin_shortcut")
         # The residual stream stays fp32, also where a block changes its width.
-        self.shortcut = _Conv(shortcut, torch.float32, keep=keep) if isinstance(shortcut, nn.Conv2d) else None
+        self.shortcut = Convolution(shortcut, torch.float32, keep=keep) if isinstance(shortcut, nn.Conv2d) else None
 
     def __call__(self, canvas: Canvas, latent: torch.Tensor) -> None:
         height, width = canvas.x.shape[:2]
@@ -137,8 +71,8 @@ class _AttentionStep:
 
     def __init__(self, block: vqgan.AttentionBlock, dtype: torch.dtype, keep: bool) -> None:
         self.norm = block.norm
-        self.projections = [_Conv(conv, dtype, keep=keep) for conv in (block.q, block.k, block.v)]
-        self.proj_out = _Conv(block.proj_out, dtype, keep=keep)
+        self.projections = [Convolution(conv, dtype, keep=keep) for conv in (block.q, block.k, block.v)]
+        self.proj_out = Convolution(block.proj_out, dtype, keep=keep)
 
     def __call__(self, canvas: Canvas, latent: torch.Tensor) -> None:
         height, width, channels = canvas.x.shape
@@ -152,7 +86,7 @@ class _UpsampleStep:
     """Nearest upsampling and 3 x 3 convolution, as four 2 x 2 convolutions."""
 
     def __init__(self, module: vqgan.Upsample, dtype: torch.dtype, keep: bool) -> None:
-        self.conv = _Conv(module.conv, dtype, keep=keep, phases=True)
+        self.conv = Convolution(module.conv, dtype, keep=keep, phases=True)
 
     def __call__(self, canvas: Canvas, latent: torch.Tensor) -> None:
         height, width, _ = canvas.x.shape
@@ -168,7 +102,7 @@ class _DepthToSpaceStep:
     """3 x 3 convolution to four times the channels, then depth-to-space."""
 
     def __init__(self, module: magvit2.Upsampler, dtype: torch.dtype, keep: bool) -> None:
-        self.conv = _Conv(module.conv1, dtype, keep=keep)
+        self.conv = Convolution(module.conv1, dtype, keep=keep)
 
     def __call__(self, canvas: Canvas, latent: torch.Tensor) -> None:
         height, width, channels = canvas.x.shape
@@ -209,7 +143,8 @@ def unavailable() -> str | None:
     """Why this machine cannot run a :class:`Decoder`, or None if it can."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
         return "this build of torch has no oneDNN convolutions; decode with Tokenizer.decode_code"
-    return native.unavailable("residual_moments_cpu") or native.unavailable("group_norm_silu_cpu")
+    symbols = ("conv_rows_cpu", "residual_moments_cpu", "group_norm_silu_cpu")
+    return next((reason for reason in map(native.unavailable, symbols) if reason is not None), None)
 
 
 class Decoder:
@@ -249,8 +184,8 @@ class Decoder:
     def refresh(self) -> None:
         """Reads the tokenizer's weights again."""
         decoder, keep = self.tokenizer.decoder, self._keep_weights
-        self._conv_in = _Conv(decoder.conv_in, self.dtype, keep=keep)
-        self._conv_out = _Conv(decoder.conv_out, self.dtype, keep=keep)
+        self._conv_in = Convolution(decoder.conv_in, self.dtype, keep=keep)
+        self._conv_out = Convolution(decoder.conv_out, self.dtype, keep=keep)
         self._steps = [_step(module, self.dtype, keep) for module in decoder.steps()]
 
     @property

@@ -122,7 +122,8 @@ class Tokenizer(nn.Module):
             # Imported here: the decoder's module is built on this one.
             from gear_engine.tokenizers.decoder_fast import Decoder
 
-            return Decoder(self, keep_weights=False).decode(quant)
+            # Several images share one conversion of the weights; it is dropped with the decoder.
+            return Decoder(self, keep_weights=quant.shape[0] > 1).decode(quant)
         return self.decode(quant)
 
     def runs_cpu_decoder(self) -> bool:

@@ -1,0 +1,38 @@
+// fp32 convolution of channels-last rows in short sums: 16 input channels of the kernel at a time.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace gear {
+
+constexpr std::int64_t kConvChunk = 16;  // input channels whose products are added up in one go
+constexpr std::int64_t kConvBlock = 64;  // output channels that a task computes
+
+// One strip of an image, channels last. x has `edge` - 1 rows more than y; columns outside of x count as zeros.
+struct ConvRows {
+  const float* x;       // [rows + edge - 1, x_width, in_channels]
+  const float* weight;  // as conv_rows_pack leaves it: [out / 64, in / 16, edge, edge, 16, 64], zeros at the ends
+  const float* bias;    // [out_channels] or null
+  float* y;             // [rows, width, out_channels]
+  std::int64_t x_width, width, in_channels, out_channels;
+  int edge;     // 2 or 3
+  int padding;  // columns of zeros at the left
+};
+
+}  // namespace gear
+
+GEAR_DECLARE_ISA(void, conv_rows_tile,
+                 (const ConvRows& call, std::int64_t first_row, std::int64_t last_row, std::int64_t block))
+
+namespace gear::cpu {
+
+// weight [out, in, edge, edge] -> packed; `packed` has room for the rounded numbers of channels.
+void conv_rows_pack(const float* weight, float* packed, std::int64_t out_channels, std::int64_t in_channels, int edge);
+
+void conv_rows(const float* x, const float* packed, const float* bias, float* y, std::int64_t rows,
+               std::int64_t x_width, std::int64_t width, std::int64_t in_channels, std::int64_t out_channels, int edge,
+               int padding);
+
+}  // namespace gear::cpu

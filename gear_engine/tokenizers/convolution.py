@@ -1,0 +1,122 @@
+"""The convolutions of the CPU decoder: channels-last rows, in strips, in fp32 or bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from gear_engine.ops import backends, conv_rows
+
+__all__ = ["Convolution", "phase_weights"]
+
+#: (first row, row after the last, output [last - first (+ 1 for phases), W', out]).
+_Strip = tuple[int, int, torch.Tensor]
+#: Rows [h + k - 1, W, in] -> [h, W', out].
+_Convolve = Callable[[torch.Tensor], torch.Tensor]
+
+
+def phase_weights(weight: torch.Tensor) -> torch.Tensor:
+    """[out, in, 3, 3] -> [4 out, in, 2, 2]: the 3 x 3 taps that fall on each of the two rows and columns of a phase."""
+    # Phase 0 sees (the row above, its own row): taps {0}, {1, 2}; phase 1 (its own row, the row below): {0, 1}, {2}.
+    fold = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # [phase, row, tap]
+    phases = torch.einsum("pyi,qxj,ocij->pqocyx", fold, fold, weight)
+    return phases.reshape(4 * weight.shape[0], weight.shape[1], 2, 2)
+
+
+class Convolution:
+    """A convolution over channels-last rows that were padded above and below: [h + k - 1, W, in] -> [h, W', out].
+
+    In fp32 by :mod:`gear_engine.ops.conv_rows`, in bf16 by oneDNN. oneDNN's channels-last fp32 convolution adds up to
+    4608 products one after another, which costs five times what the modules lose; its bf16 one sums pairs in fp32, well
+    below what rounding the operands costs.
+
+    Both need the weight in an order of their own; with ``keep`` it is converted once, else at every call, so that
+    weights are read where they lie and nothing of them is kept.
+    """
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, *, keep: bool, phases: bool = False) -> None:
+        self._conv, self._dtype, self._keep, self._phases = conv, dtype, keep, phases
+        kernel = 2 if phases else conv.kernel_size[0]
+        self._halo = kernel - 1
+        self.out_channels = conv.out_channels * (4 if phases else 1)
+        self._kept: _Convolve | None = None
+
+    def _convolve(self, strip: torch.Tensor) -> _Convolve:
+        """The convolution of operands like ``strip``, its weight converted."""
+        if self._kept is not None:
+            return self._kept
+        weight, bias = self._conv.weight.detach(), self._conv.bias
+        if self._phases:
+            weight = phase_weights(weight)
+            bias = None if bias is None else bias.repeat(4)
+        if bias is not None:
+            bias = bias.detach().to(self._dtype)
+        if self._dtype == torch.bfloat16:
+            found = _onednn(weight.to(self._dtype), bias, strip)
+        else:
+            found = _pointwise(weight, bias) if self._halo == 0 else _short_sums(weight, bias)
+        if self._keep:
+            self._kept = found
+        return found
+
+    def __call__(self, operand: torch.Tensor, bounds: Sequence[tuple[int, int]]) -> Iterator[_Strip]:
+        """Yields ``(first, last, output)`` for every pair in ``bounds``; ``operand`` has one row more above and below.
+
+        Args:
+            operand: [H + 2, W, in]; [H, W, in] for a 1 x 1 convolution.
+            bounds: rows of H; their outputs have one row more for phases.
+        """
+        halo = 2 if self._halo else 0
+        convolve: _Convolve | None = None
+        for first, last in bounds:
+            strip = operand[first : last + halo]
+            if convolve is None:
+                convolve = self._convolve(strip)
+            yield first, last, convolve(strip)
+
+    def whole(self, operand: torch.Tensor) -> torch.Tensor:
+        """The output for all rows at once."""
+        rows = operand.shape[0] - (2 if self._halo else 0)
+        return next(self(operand, [(0, rows)]))[2]
+
+
+def _short_sums(weight: torch.Tensor, bias: torch.Tensor | None) -> _Convolve:
+    """fp32 convolution with a 3 x 3 or 2 x 2 kernel."""
+    run = backends.resolve("conv_rows", torch.device("cpu"), torch.float32).load()
+    packed = conv_rows.pack(weight)
+    less = weight.shape[2] - 1
+
+    def convolve(strip: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(strip.shape[0] - less, strip.shape[1] + 2 - less, packed.out_channels)
+        run(strip, packed, bias, out)
+        return out
+
+    return convolve
+
+
+def _pointwise(weight: torch.Tensor, bias: torch.Tensor | None) -> _Convolve:
+    """fp32 convolution with a 1 x 1 kernel: a product, read where the weight lies."""
+    matrix = weight.flatten(1)  # [out, in]
+
+    def convolve(strip: torch.Tensor) -> torch.Tensor:
+        return F.linear(strip, matrix, bias)
+
+    return convolve
+
+
+def _onednn(weight: torch.Tensor, bias: torch.Tensor | None, strip: torch.Tensor) -> _Convolve:
+    """oneDNN's channels-last convolution; its weight is reordered for operands like ``strip``."""
+    layout = ([0, 1 if weight.shape[2] > 1 else 0], [1, 1], [1, 1], 1)
+    shape = [1, strip.shape[2], *strip.shape[:2]]
+    reordered = torch.ops.mkldnn._reorder_convolution_weight(weight, *layout, shape)
+
+    def convolve(strip: torch.Tensor) -> torch.Tensor:
+        image = strip.permute(2, 0, 1).unsqueeze(0)  # [1, in, h, W], channels last
+        out = torch.ops.mkldnn._convolution_pointwise(image, reordered, bias, *layout, "none", [], "")
+        rows: torch.Tensor = out.squeeze(0).permute(1, 2, 0).contiguous()
+        return rows
+
+    return convolve

@@ -1,0 +1,93 @@
+"""conv_rows against a float64 convolution, and what it promises about strips, threads and bad arguments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gear_engine.ops import native
+from gear_engine.ops.conv_rows import conv_rows, pack
+from tests.golden_weights import relative_error
+
+pytestmark = pytest.mark.skipif(native.unavailable("conv_rows_cpu") is not None, reason="not compiled")
+#: rows, width, in, out, edge, padding
+SHAPES = [(1, 1, 1, 1, 3, 1), (2, 7, 20, 70, 3, 1), (3, 13, 33, 3, 3, 2), (2, 6, 16, 64, 2, 1), (1, 19, 5, 130, 2, 0)]
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> str:
+    module = native.module()
+    level: str = request.param
+    try:
+        module.set_cpu_isa(level)
+    except ValueError as error:
+        pytest.skip(str(error))
+    request.addfinalizer(lambda: module.set_cpu_isa(module.best_cpu_isa()))
+    return level
+
+
+def _exact(source: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: int) -> torch.Tensor:
+    image = source.double().permute(2, 0, 1).unsqueeze(0)
+    wide = None if bias is None else bias.double()
+    return F.conv2d(image, weight.double(), wide, padding=(0, padding))[0].permute(1, 2, 0)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("rows", "width", "channels", "outputs", "edge", "padding"), SHAPES)
+def test_equals_a_float64_convolution(
+    rows: int, width: int, channels: int, outputs: int, edge: int, padding: int, biased: bool, isa: str
+) -> None:
+    source, weight = torch.randn(rows + edge - 1, width, channels), torch.randn(outputs, channels, edge, edge)
+    bias = torch.randn(outputs) if biased else None
+    kernel = pack(weight)
+    assert torch.equal(kernel.unpack(), weight)
+    expected = _exact(source, weight, bias, padding)
+    for backend in ("cpu", "reference"):
+        out = torch.full(tuple(expected.shape), torch.nan)
+        conv_rows(source, kernel, bias, out, padding=padding, backend=backend)
+        assert relative_error(out, expected) <= 1e-6
+
+
+def test_long_sums_lose_little(isa: str) -> None:
+    """4608 products added one after another would be off by about 1.2e-6 (root mean square)."""
+    generator = torch.Generator().manual_seed(0)
+    source = F.silu(torch.randn(6, 16, 512, generator=generator))
+    weight = torch.randn(64, 512, 3, 3, generator=generator)
+    out = torch.empty(4, 16, 64)
+    conv_rows(source, pack(weight), None, out)
+    expected = _exact(source, weight, None, 1)
+    assert float((out - expected).square().mean().sqrt() / expected.square().mean().sqrt()) <= 4e-7
+
+
+def test_neither_strips_nor_threads_change_a_bit() -> None:
+    source, kernel, bias = torch.randn(42, 21, 48), pack(torch.randn(80, 48, 3, 3)), torch.randn(80)
+    whole = torch.empty(40, 21, 80)
+    conv_rows(source, kernel, bias, whole)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for first, last in ((0, 1), (1, 14), (14, 40)):
+            strip = torch.empty(last - first, 21, 80)
+            conv_rows(source[first : last + 2], kernel, bias, strip)
+            assert torch.equal(strip, whole[first:last])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    kernel, source = pack(torch.randn(8, 16, 3, 3)), torch.zeros(4, 5, 16)
+    with pytest.raises(ValueError, match="k 2 or 3"):
+        pack(torch.randn(8, 16, 1, 1))
+    with pytest.raises(ValueError, match="k 2 or 3"):
+        pack(torch.randn(8, 16, 3, 3).double())
+    with pytest.raises(ValueError, match=r"source is \[rows, W, 16\]"):
+        conv_rows(source[..., :8], kernel, None, torch.empty(2, 5, 8))
+    with pytest.raises(ValueError, match=r"out is \[2, 5, 8\]"):
+        conv_rows(source, kernel, None, torch.empty(4, 5, 8))
+    with pytest.raises(ValueError, match=r"bias is \[8\]"):
+        conv_rows(source, kernel, torch.zeros(1), torch.empty(2, 5, 8))
+    with pytest.raises(ValueError, match="fp32"):
+        conv_rows(source, kernel, None, torch.empty(2, 5, 8, dtype=torch.float64))
+    with pytest.raises(ValueError, match="contiguous"):
+        conv_rows(source, kernel, None, torch.empty(2, 8, 5).transpose(1, 2), backend="cpu")
