@@ -13,6 +13,7 @@
 
 #include "common/packing.h"
 #include "cpu/codebook_quantize.h"
+#include "cpu/conv_rows.h"
 #include "cpu/decode_attention.h"
 #include "cpu/decode_step.h"
 #include "cpu/group_norm_silu.h"
@@ -196,6 +197,15 @@ std::vector<float> readout() {
   return out;
 }
 
+std::vector<float> convolution() {
+  constexpr int64_t rows = 9, width = 70, in = 20, out = 70;
+  const auto x = normal((rows + 2) * width * in, 20), weight = normal(out * in * 9, 21), bias = normal(out, 22);
+  std::vector<float> packed(2 * 2 * 9 * gear::kConvChunk * gear::kConvBlock), y(rows * width * out);
+  gear::cpu::conv_rows_pack(weight.data(), packed.data(), out, in, 3);
+  gear::cpu::conv_rows(x.data(), packed.data(), bias.data(), y.data(), rows, width, width, in, out, 3, 1);
+  return y;
+}
+
 // The residual stream of two convolutions, the second of an upsampling, then the norm that follows them.
 std::vector<float> residuals() {
   constexpr int64_t rows = 10, width = 12, channels = 64, groups = 32, n = rows * width * channels;
@@ -246,6 +256,7 @@ int main() {
   equal &= same_from_every_thread("philox_noise", philox);
   equal &= same_from_every_thread("sign_bits", signs);
   equal &= same_from_every_thread("soft_readout", readout);
+  equal &= same_from_every_thread("conv_rows", convolution);
   equal &= same_from_every_thread("residuals and norm", residuals);
   return equal ? EXIT_SUCCESS : EXIT_FAILURE;
 }
