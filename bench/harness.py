@@ -53,9 +53,9 @@ class _Control:
         self.matrix = torch.randn(self._SIZE, self._SIZE, device=device)
 
     def measure(self) -> dict[str, float]:
-        """Read bandwidth (B/s) and fp32 multiply rate (op/s), medians of nine."""
+        """Read bandwidth (B/s) and fp32 multiply rate (op/s), medians of 25."""
         calls = {"bandwidth": self.stream.sum, "rate": lambda: self.matrix @ self.matrix}
-        samples = timing.alternate(calls, device=self.device, warmup=1, repeats=9)
+        samples = timing.alternate(calls, device=self.device, warmup=1, repeats=25)
         work = {"bandwidth": float(self._BYTES), "rate": 2.0 * self._SIZE**3}
         return {name: work[name] / sorted(times)[len(times) // 2] for name, times in samples.items()}
 

@@ -87,6 +87,13 @@ def own_backends(op: str, dtype: torch.dtype, context: Context) -> tuple[list[st
     for asked in context.backends:
         if asked == "auto":
             name = backends.resolve(op, context.device, dtype).backend
+            if name == "reference":
+                # The engine would run plain torch: that is measured as the reference; why is not to be lost.
+                for preferred in backends.PREFERENCE.get(context.device.type, ()):
+                    found = backends.implementations(op).get(preferred)
+                    reason = None if found is None else found.why_not(context.device, dtype)
+                    if reason is not None:
+                        skipped[preferred] = reason
         elif asked not in backends.implementations(op):
             skipped[asked] = f"op {op} has no backend {asked!r}"
             continue

@@ -258,7 +258,7 @@ register(
         _rollout,
         {
             "quick": [
-                {"model": _B, "images": (1,), "guided": (True,), "dtype": ("fp32", "int8-packed"), "tokens": (16,)}
+                {"model": _B, "images": (1,), "guided": (True,), "dtype": ("fp32", "int8-packed"), "tokens": (8,)}
             ],
             "standard": [
                 {

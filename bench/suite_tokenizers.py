@@ -149,7 +149,7 @@ def _end_to_end(params: dict[str, Any], context: Context) -> Work:
             return to_uint8(coder.decode_code(tokens.long(), latent))
 
     implementations, timeline = [], {}
-    for name in names or ["reference"]:
+    for name in names:
         engine = Engine(weights, max_images=images, dtype=dtype, backend=asked or name, weight_format=kind)
 
         def call(index: int, engine: Engine = engine) -> torch.Tensor:
@@ -158,7 +158,7 @@ def _end_to_end(params: dict[str, Any], context: Context) -> Work:
         def phases(engine: Engine = engine) -> list[dict[str, Any]]:
             return _timeline(engine, labels, settings, decode, total)
 
-        implementations.append(Implementation(name, "reference" if name == "reference" else "engine", call))
+        implementations.append(Implementation(name, "engine", call))
         timeline[name] = phases
     rollout = counts.rollout(config, images, total, params["dtype"], guided=params["guided"])
     return Work(
@@ -226,7 +226,7 @@ register(
         "codes to images",
         _decode,
         {
-            "quick": [{"tokenizer": _VQ, "images": (1,), "pixels": (256,), "dtype": ("fp32", "bf16")}],
+            "quick": [{"tokenizer": _VQ, "images": (1,), "pixels": (128,), "dtype": ("fp32", "bf16")}],
             "standard": [
                 {
                     "tokenizer": ("VQ-16", "IBQ-16", "LFQ-16"),

@@ -72,10 +72,12 @@ def _peers(args: argparse.Namespace) -> frozenset[str]:
     return frozenset(peers)
 
 
-def _rotation(device: torch.device) -> int:
-    """Twice the last cache, between 64 and 256 MiB: virtual machines report their host's whole cache."""
+def _rotation(device: torch.device, preset: str) -> int:
+    """Twice the last cache, between 64 and 256 MiB: virtual machines report their host's whole cache. Quick: 64 MiB."""
     from gear_engine.report.facts import device_facts
 
+    if preset == "quick":
+        return _SMALLEST_ROTATION
     facts = device_facts(device, 1)
     if facts["gpu"] is not None:
         last = facts["gpu"]["l2_cache"] or _LARGEST_ROTATION
@@ -172,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
         backends=tuple(args.backend.split(",")),
         peers=_peers(args),
         official=args.official,
-        rotate_bytes=_rotation(device),
+        rotate_bytes=_rotation(device, args.preset),
     )
     cap = args.max_seconds or _CAP[args.preset]
     limits = Limits(noise_bound=args.noise_bound / 100, max_seconds=cap)

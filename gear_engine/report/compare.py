@@ -28,7 +28,7 @@ SMALLEST_CHANGE = 0.02
 #: Share of CPU time of other processes beyond which a row says nothing about a change.
 DISTURBED = 0.10
 #: The control measurements agree with themselves to about this on an idle machine.
-_CONTROL_NOISE = 0.03
+_CONTROL_NOISE = 0.05
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,8 @@ def against_text(row: Row, group: Sequence[Row]) -> str:
     if row.role != "engine":
         return ""
     others = [other for other in group if other.work == row.work and other.role != "engine"]
-    return ", ".join(f"{other.summary.median / row.summary.median:.2g}x {other.implementation}" for other in others)
+    ratios = [(other.summary.median / row.summary.median, other.implementation) for other in others]
+    return ", ".join(f"{ratio:.{0 if ratio >= 10 else 1 if ratio >= 1 else 2}f}x {name}" for ratio, name in ratios)
 
 
 def row_cells(row: Row, group: Sequence[Row] = ()) -> dict[str, str]:

@@ -64,7 +64,7 @@ def test_page_is_self_contained(written: Path) -> None:
     assert 'name="viewport"' in page and "prefers-color-scheme: dark" in page
     assert not re.search(r"<script|<link|<img|(?:src|href)=[\"']?(?:https?:)?//|@import|url\((?!#)", page)
     assert page.count("<svg") == 2  # latency and throughput of decode_step
-    assert "4x reference" in page and "Outputs that differ from the reference" in page
+    assert "4.0x reference" in page and "Outputs that differ from the reference" in page
     assert "#1b1f24" not in page.split("</style>")[1]  # plots take their colours from the theme
 
 
