@@ -3,15 +3,17 @@
     python -m gear_engine.bench.rollout --official PATH [--model LlamaGen-B] [--images 1 8] [--tokens 256] [--json OUT]
 
 Weights are random (matrices of variance 1 / in), the same on both sides; labels and draws follow one seed. Every round
-runs each contestant once: the official ``generate`` as shipped (fp32) and moved to bf16, and gear_engine in fp32, bf16,
-and int8 weights with bf16 activations, all with ``rng="torch"``. ``x official`` divides the medians of the two;
+runs each contestant once: the official ``generate`` as shipped (fp32) and moved to bf16 (with ``--compiled`` also
+compiled), and gear_engine in fp32, bf16, and int8 weights with bf16 activations, all with ``rng="torch"``. Compiling
+happens before the first round and is reported on its own. ``x official`` divides the medians of the two;
 ``of_read_%`` is (weights + average cache) of a step over its best time and the read bandwidth measured in the same run;
 ``outside_%`` the share of our steps spent outside compiled calls (with Philox draws, which are inside).
 
 In fp32 the tokens must equal the official ones: images that differ are counted (near ties may; see compare_official).
 For bf16 and int8, ``kl`` is the mean divergence KL(fp32 || format) of the guided distributions and ``equal_tokens_%``
 the share of equal draws under equal noise, both along the fp32 tokens. ``best`` columns take each contestant's fastest
-round, ``processor`` ones its least processor time: the fairer ones on a machine with neighbours.
+round, ``processor`` ones its least processor time: the fairer ones on a machine with neighbours. Peak memory of ours
+is taken in processes of its own (see peak_memory) and compared with 1.2 times weights and cache.
 """
 
 from __future__ import annotations
@@ -21,29 +23,22 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gear_engine import Engine, SamplingParams
-from gear_engine.bench import timing
+from gear_engine.bench import peak_memory, timing
 from gear_engine.bench.inputs import generator_config, generator_weights, official_generator
 from gear_engine.bench.registry import Context, Skip
 from gear_engine.models.weights import GeneratorWeights
 from gear_engine.ops import native
-from gear_engine.ops.skinny_linear import PackKind
 from gear_engine.prefixes import label_rows
 from gear_engine.runner import decode_step, prefill
 
 CFG_SCALE = 4.0
-#: contestant -> (dtype of activations and cache, kind of packed weights)
-FORMATS: dict[str, tuple[torch.dtype, PackKind | None]] = {
-    "fp32": (torch.float32, None),
-    "bf16": (torch.bfloat16, "bf16"),
-    "int8": (torch.bfloat16, "int8"),
-}
 
 
 @dataclass
@@ -54,14 +49,25 @@ class Case:
     calls: dict[str, Callable[[], torch.Tensor]]
     labels: list[int]
     tokens: int
+    #: contestant -> seconds of its first call, in which it was compiled
+    compile_seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def build(cls, weights: GeneratorWeights, images: int, tokens: int, seed: int, official: Path | None) -> Case:
+    def build(
+        cls,
+        weights: GeneratorWeights,
+        images: int,
+        tokens: int,
+        seed: int,
+        official: Path | None,
+        *,
+        compiled: bool = False,
+    ) -> Case:
         rng = torch.Generator().manual_seed(seed)
         labels = torch.randint(0, weights.config.num_classes, (images,), generator=rng).tolist()
         engines = {
             name: Engine(weights, max_images=images, dtype=dtype, weight_format=kind, max_new_tokens=tokens)
-            for name, (dtype, kind) in FORMATS.items()
+            for name, (dtype, kind) in peak_memory.FORMATS.items()
         }
         params = SamplingParams(cfg_scale=CFG_SCALE)
 
@@ -69,24 +75,45 @@ class Case:
             return lambda: engine.generate(labels, params, rng="torch", max_new_tokens=tokens)
 
         calls = {f"gear_engine {name}": ours(engine) for name, engine in engines.items()}
+        compile_seconds = {}
         if official is not None:
-            for name, dtype in (("official", torch.float32), ("official bf16", torch.bfloat16)):
-                calls[name] = _official(weights.to(dtype=dtype), labels, tokens, official)
-        return cls(engines, calls, labels, tokens)
+            bf16 = weights.to(dtype=torch.bfloat16)
+            calls["official"] = official_rollout(weights, labels, tokens, official)
+            calls["official bf16"] = official_rollout(bf16, labels, tokens, official)
+            if compiled:
+                name = "official bf16 compiled"
+                calls[name] = official_rollout(bf16, labels, tokens, official, compiled=True)
+                start = time.perf_counter()
+                calls[name]()
+                compile_seconds[name] = time.perf_counter() - start
+        return cls(engines, calls, labels, tokens, compile_seconds)
 
 
-def _official(weights: GeneratorWeights, labels: list[int], tokens: int, checkout: Path) -> Callable[[], torch.Tensor]:
+def official_rollout(
+    weights: GeneratorWeights, labels: list[int], tokens: int, checkout: Path, *, compiled: bool = False
+) -> Callable[[], torch.Tensor]:
+    """The official ``generate``; ``compiled`` compiles the model as the LlamaGen sampling program does.
+
+    There each phase is one full graph, under CUDA graphs on a GPU. The first call compiles; shapes are static, since
+    what was compiled for another number of images is dropped.
+    """
     try:
         model, module = official_generator(Context(torch.device("cpu"), official=checkout), weights)
     except Skip as reason:
         sys.exit(str(reason))
     cond = torch.tensor(labels)
+    if compiled:
+        torch._dynamo.reset()
+        mode = "reduce-overhead" if cond.device.type == "cuda" else "default"
+        model = torch.compile(model, mode=mode, fullgraph=True)
 
-    def call() -> torch.Tensor:
-        with torch.inference_mode():
-            out: torch.Tensor = module.generate(model, cond, tokens, cfg_scale=CFG_SCALE)
+    def call(count: int = tokens) -> torch.Tensor:
+        with torch.no_grad():
+            out: torch.Tensor = module.generate(model, cond, count, cfg_scale=CFG_SCALE)
         return out
 
+    if not compiled:
+        call(2)  # starts threads, touches memory
     return call
 
 
@@ -217,7 +244,7 @@ def rows_of(case: Case, rounds: int, seed: int, read: float) -> tuple[list[dict[
         else:
             row |= {"of_read_%": None, "outside_%": None, "kl": None, "equal_tokens_%": None}
         rows.append(row)
-    checks: dict[str, Any] = {"images": images}
+    checks: dict[str, Any] = {"images": images, **({"compile_s": case.compile_seconds} if case.compile_seconds else {})}
     if "official" in drawn:
         equal = drawn["official"].cpu() == drawn["gear_engine fp32"]
         checks |= {"equal_images": int(equal.all(1).sum()), "equal_tokens_%": 100 * float(equal.float().mean())}
@@ -232,14 +259,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compiled", action="store_true", help="also the official code in bf16 with torch.compile")
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument("--json", type=Path, help="write the record to this file")
     options = parser.parse_args(arguments)
     config = generator_config(options.model)
     weights = generator_weights(config, options.seed, torch.device("cpu"))
     read = timing.measure_ceilings().read_bandwidth
-    rows, checks = [], []
+    rows, checks, memory = [], [], []
     for images in options.images:
-        case = Case.build(weights, images, options.tokens, options.seed, options.official)
+        case = Case.build(weights, images, options.tokens, options.seed, options.official, compiled=options.compiled)
         found, checked = rows_of(case, options.rounds, options.seed, read)
         read_again = timing.measure_ceilings().read_bandwidth
         print(f"{options.model}, {images} images, {options.tokens} tokens, guidance {CFG_SCALE}, random weights; read "
@@ -248,9 +277,14 @@ def main(arguments: list[str] | None = None) -> None:
         rows += found
         checks.append({**checked, "read_B/s_before": read, "read_B/s_after": read_again})
         read = read_again
+        if not options.no_memory:
+            found = [peak_memory.measure(options.model, name, images, options.tokens) for name in peak_memory.FORMATS]
+            print(timing.render(peak_memory.table(found)), "\n", flush=True)
+            memory += found
     if options.json:
         settings = {"model": options.model, "tokens": options.tokens, "cfg_scale": CFG_SCALE, "seed": options.seed}
-        timing.write_json(options.json, {**timing.provenance(), "settings": settings, "rows": rows, "checks": checks})
+        record = {"settings": settings, "rows": rows, "checks": checks, "memory": memory}
+        timing.write_json(options.json, {**timing.provenance(), **record})
 
 
 if __name__ == "__main__":
