@@ -35,8 +35,8 @@ Metric = Literal["l2", "l2_normalized", "inner_product"]
 
 MAX_CODES = 2**18
 MAX_WIDTH = 512
-#: Elements up to which torch stays on the calling thread (its grain size).
-SERIAL_ELEMENTS = 32768
+#: Elements up to which torch stays on the calling thread (one less than its grain size).
+SERIAL_ELEMENTS = 32767
 
 
 def codebook_quantize(
