@@ -98,7 +98,8 @@ def measure(name: str, images: int, pixels: int, options: argparse.Namespace) ->
         for peer, call in calls.items():
             got = call().float().clamp(-1, 1).add(1).div(2)
             errors[peer] = (float(psnr(got, expected).min()), float((got - expected).abs().max() * 2))
-        samples = timing.alternate(calls, warmup=1, repeats=options.repeats, budget=options.budget)
+        # The calls above were the warm-up.
+        samples = timing.alternate(calls, warmup=0, repeats=options.repeats, budget=options.budget)
     rows = []
     first = timing.statistics(samples[baseline])["median_ms"]
     for peer, times in samples.items():
