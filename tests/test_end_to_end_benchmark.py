@@ -1,0 +1,75 @@
+"""The whole-job and memory benchmarks on tiny models: their rows, checks and bounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gear_engine.bench import peak_memory
+from gear_engine.bench.end_to_end import Result, check, contestants, measure, rows_of, run_case
+from gear_engine.bench.inputs import generator_weights
+from gear_engine.config import GeneratorConfig, TokenizerConfig
+from gear_engine.ops import native
+from gear_engine.tokenizers import build_tokenizer, decoder_fast
+
+GENERATOR = GeneratorConfig(dim=64, n_layer=1, n_head=2, vocab_size=97, block_size=16, num_classes=5)
+TOKENIZER = TokenizerConfig(family="vq", codebook_size=97, z_channels=32, ch=32, ch_mult=(1, 2), downsample=2)
+pytestmark = pytest.mark.skipif(
+    native.unavailable("decode_step_cpu") is not None
+    or decoder_fast.unavailable() is not None
+    or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="needs the compiled module and bf16 convolutions",
+)
+
+
+def test_rows_of_a_whole_job() -> None:
+    rows, checks = run_case(GENERATOR, TOKENIZER, 3, 10, 2, 0, None)
+    assert [row["what"] for row in rows] == ["gear_engine fp32", "gear_engine bf16", "gear_engine int8"]
+    for row in rows:
+        assert row["images"] == 3
+        assert row["runs"] == 2
+        assert 0 < row["tokens_s"] < row["median_s"]
+        assert row["best_s"] <= row["median_s"]
+    assert checks["baseline"] == "gear_engine fp32"
+    assert checks["equal_images"] == 3
+    assert checks["largest_byte_difference"] == 0
+    assert checks["psnr_dB"]["gear_engine fp32"] is None
+    assert checks["psnr_dB"]["gear_engine bf16"] > 25
+
+
+def test_other_tokens_and_other_pixels_are_found() -> None:
+    weights = generator_weights(GENERATOR, 0, torch.device("cpu"))
+    tokenizer = build_tokenizer(TOKENIZER).eval().requires_grad_(False)
+    calls = contestants(weights, tokenizer, [1, 2], 16, None)
+    results = measure(calls, 16, 1, 0)
+    ours = results["gear_engine fp32"]
+    tokens, images = ours.tokens.clone(), ours.images.clone()
+    tokens[0, 3] = (tokens[0, 3] + 1) % 97
+    images[1, 0, 0, 0] ^= 8
+    calls["official"] = calls["gear_engine fp32"]
+    results["official"] = Result([1.0], [2.0], [0.5], tokens, images)
+    found = check(calls, results, 16)
+    assert found["equal_images"] == 1
+    assert found["largest_byte_difference"] == 8
+    assert not found["ok"]
+    row = next(row for row in rows_of(results, 2) if row["what"] == "gear_engine fp32")
+    assert row["x official"] == pytest.approx(1 / row["median_s"])
+
+
+def test_peak_memory_sees_what_is_held() -> None:
+    """A buffer that is touched raises the peak above its parts; the reset forgets it."""
+    peak_memory._reset_peak()
+    before = peak_memory._resident("VmHWM")
+    block = torch.ones(8 << 20)
+    held = peak_memory._resident("VmHWM")
+    assert held - before >= 0.9 * block.nbytes
+    del block
+    peak_memory._reset_peak()
+    assert peak_memory._resident("VmHWM") < held - (16 << 20)
+
+
+def test_table_names_what_is_over_the_limit() -> None:
+    record = {"images": 1, "format": "bf16", "peak": 250e6, "building": 1e6, "parts": {"weights": 200e6}}
+    (row,) = peak_memory.table([{**record, "ratio": 1.25, "ok": False}])
+    assert row["<= 1.2"] == "NO"
+    assert row["weights_MB"] == 200
