@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+
+from gear_engine.tokenizers import soft_readout
 
 __all__ = [
     "FLOAT_TOLERANCE",
+    "READOUT_TOLERANCE",
     "TIE_TOLERANCE",
     "Arrays",
     "Child",
@@ -24,11 +28,13 @@ __all__ = [
     "run_child",
     "run_driver",
     "side",
+    "tokenizer_errors",
     "whole",
 ]
 
 _DRIVER = Path(__file__).with_name("official_driver.py")
 FLOAT_TOLERANCE = 1e-5
+READOUT_TOLERANCE = 1e-4
 TIE_TOLERANCE = 1e-4
 _AGREEMENT = ("tokens", "largest_pixel_difference", "indices", "errors")
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -105,6 +111,28 @@ def compare_tokens(job: dict[str, Any], folder: Path, official: Arrays, ours: Ar
 
 def relative_error(actual: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
     return float(np.abs(actual.astype(np.float64) - expected).max() / np.abs(expected).max())
+
+
+def tokenizer_errors(official: Arrays, ours: Arrays) -> dict[str, float]:
+    """Relative errors of ``quant``, ``distance_rows``, ``decoded`` and ``soft_readout`` (at tau 0.3).
+
+    ``quant`` [B, C, h, w] is compared where the two chose the same codes: another choice is judged by its distance.
+    """
+    chosen = (official["indices"].reshape(-1) == ours["indices"].reshape(-1)).reshape(_positions(official), -1)
+    same = chosen.all(axis=1)  # [B * h * w]
+    vectors = [np.moveaxis(arrays["quant"], 1, -1).reshape(len(same), -1)[same] for arrays in (ours, official)]
+    errors = {"quant": relative_error(*vectors) if same.any() else float("inf")}
+    errors |= {key: relative_error(ours[key], official[key]) for key in ("distance_rows", "decoded")}
+    rows = torch.from_numpy(official["distance_rows"])
+    table = torch.randn(rows.shape[1], 40, generator=torch.Generator().manual_seed(6))
+    expected = torch.softmax(-rows / 0.3, dim=-1) @ table  # the trainer's soft labels on a table of embeddings
+    readout = soft_readout(torch.from_numpy(ours["distance_rows"]), table, 0.3)
+    return errors | {"soft_readout": relative_error(readout.numpy(), expected.numpy())}
+
+
+def _positions(arrays: Arrays) -> int:
+    batch, _, height, width = arrays["quant"].shape
+    return int(batch * height * width)
 
 
 def side(arrays: Arrays, child: Child) -> dict[str, Any]:

@@ -9,19 +9,14 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from gear_engine.checkpoint import (
-    open_generator,
-    open_tokenizer,
-    save_pretrained,
-)
+from gear_engine import pipeline_inputs as inputs
+from gear_engine.checkpoint import open_generator, open_tokenizer, save_pretrained
 from gear_engine.engine import Engine
 from gear_engine.errors import ConfigError, InvalidRequestError
-from gear_engine.memory import available_bytes, check_fits
 from gear_engine.models.condition import TextCondition
 from gear_engine.models.transformer import Transformer
 from gear_engine.ops.skinny_linear import PackKind
-from gear_engine.pipeline_inputs import check_fit, label_list, repeat, seed_list, split_overrides, take
-from gear_engine.pipeline_output import Images, OutputType, PipelineOutput, arrange, join
+from gear_engine.pipeline_output import Images, OutputType, PipelineOutput, decode
 from gear_engine.request import SamplingParams
 from gear_engine.text_encoders import CaptionFeatures, TextEncoder, load_text_encoder
 from gear_engine.tokenizers import Tokenizer
@@ -31,6 +26,8 @@ __all__ = ["OutputType", "Pipeline", "PipelineOutput"]
 
 #: ``callback(pipe, step, position, {"tokens": ...})`` after every step; its answer is ignored.
 StepCallback = Callable[["Pipeline", int, int, dict[str, torch.Tensor]], Any]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Pipeline:
@@ -67,7 +64,7 @@ class Pipeline:
         decode_batch: int = 8,
         memory_budget: int | None = None,
     ) -> None:
-        check_fit(generator, tokenizer, text_encoder)
+        inputs.check_fit(generator, tokenizer, text_encoder)
         if max_images < 1 or decode_batch < 1:
             raise ConfigError(f"max_images {max_images} and decode_batch {decode_batch} must be at least 1")
         self.generator = generator.eval()
@@ -82,6 +79,7 @@ class Pipeline:
         self.memory_budget = memory_budget
         self._engine: Engine | None = None
         self._empty_caption: CaptionFeatures | None = None
+        self._trained_with: str | None = None
         self._progress_bar_config: dict[str, Any] = {}
 
     @classmethod
@@ -108,7 +106,8 @@ class Pipeline:
         Args:
             path: the generator's file or folder; the tokenizer may be in it, or be named by it.
             tokenizer: the tokenizer's file, where ``path`` does not lead to it, or a tokenizer.
-            text_encoder: folder or hub name of a Qwen3 or T5 encoder (the ``t2i`` extra), or an encoder.
+            text_encoder: folder or ``org/name@revision`` of a Qwen3 or T5 encoder (the ``t2i`` extra), opened in the
+                training's precision, or an encoder.
             device: where the models go; CPU by default.
             dtype: the generator's; None keeps the file's.
             tokenizer_dtype: the tokenizer's; None keeps the file's.
@@ -120,15 +119,16 @@ class Pipeline:
             CheckpointError: a file is unreadable, incomplete or of another architecture.
             ConfigError: the models do not fit each other, or an override is unknown.
         """
-        for_generator, for_tokenizer = split_overrides(overrides)
+        for_generator, for_tokenizer = inputs.split_overrides(overrides)
         generator, _ = open_generator(path, device, dtype, ema=ema, **for_generator)
         if not isinstance(tokenizer, Tokenizer):
             source = path if tokenizer is None else tokenizer
             tokenizer, _ = open_tokenizer(source, device, tokenizer_dtype, ema=ema, **for_tokenizer)
+        trained_with, precision = inputs.trained_text_encoder(path, generator.config)
         if text_encoder is not None and not isinstance(text_encoder, TextEncoder):
-            length = generator.config.cls_token_num
-            text_encoder = load_text_encoder(text_encoder, max_length=length, device=device)
-        return cls(
+            length, encoder_dtype = generator.config.cls_token_num, _DTYPES[precision]
+            text_encoder = load_text_encoder(text_encoder, max_length=length, device=device, dtype=encoder_dtype)
+        pipe = cls(
             generator,
             tokenizer,
             text_encoder,
@@ -139,6 +139,8 @@ class Pipeline:
             decode_batch=decode_batch,
             memory_budget=memory_budget,
         )
+        pipe._trained_with = trained_with
+        return pipe
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, force: bool = False) -> None:
         """Writes generator and tokenizer to a folder (config.json, safetensors) for :meth:`from_pretrained`.
@@ -219,12 +221,7 @@ class Pipeline:
             InvalidRequestError: an argument out of range.
             OutOfMemoryError: ``max_images`` does not fit; nothing was allocated.
         """
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise InvalidRequestError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
-        if num_images_per_prompt < 1:
-            raise InvalidRequestError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
-        if sum(given is not None for given in (class_labels, prompt, captions)) != 1:
-            raise InvalidRequestError("give exactly one of class_labels, prompt and captions")
+        inputs.check_call(output_type, num_images_per_prompt, class_labels, prompt, captions)
         params = SamplingParams(
             cfg_scale=float(guidance_scale),
             cfg_interval=cfg_interval,
@@ -235,23 +232,22 @@ class Pipeline:
         )
         if prompt is not None:
             captions = self._encode(prompt, params.uses_guidance)
-        condition = repeat(label_list(class_labels) if captions is None else captions, num_images_per_prompt)
+        condition = inputs.repeat(
+            inputs.label_list(class_labels) if captions is None else captions, num_images_per_prompt
+        )
         tokens = self._sample(condition, params, seeds, generator, callback_on_step_end)
         return PipelineOutput(self._decode(tokens, output_type), tokens)
 
     def _encode(self, prompt: str | Sequence[str], guided: bool) -> TextCondition:
         if self.text_encoder is None:
-            raise InvalidRequestError("this pipeline has no text encoder: give one as text_encoder=, or pass captions=")
+            own = f"{self._trained_with!r} (the checkpoint's own)" if self._trained_with else ""
+            raise InvalidRequestError(f"this pipeline has no text encoder: give text_encoder={own}, or pass captions=")
         features = self.text_encoder.encode(prompt)
-        device = self.device
         if self.generator.config.learned_uncond or not guided:
-            return TextCondition(features.states.to(device), features.mask.to(device))
+            return inputs.encoded(features, None, self.device)
         if self._empty_caption is None:
             self._empty_caption = self.text_encoder.encode("")
-        empty = self._empty_caption
-        return TextCondition(
-            features.states.to(device), features.mask.to(device), empty.states[0].to(device), empty.mask[0].to(device)
-        )
+        return inputs.encoded(features, self._empty_caption, self.device)
 
     def _sample(
         self,
@@ -264,7 +260,7 @@ class Pipeline:
         count = len(condition)
         if seeds is not None and generator is not None:
             raise InvalidRequestError("give seeds or a generator, not both")
-        keys = None if generator is not None else seed_list(seeds, count)
+        keys = None if generator is not None else inputs.seed_list(seeds, count)
         if self._engine is None:
             self._engine = Engine(
                 self.generator,
@@ -290,7 +286,7 @@ class Pipeline:
 
                 parts.append(
                     engine.generate(
-                        take(condition, start, start + size),
+                        inputs.take(condition, start, start + size),
                         params,
                         rng="torch" if keys is None else "philox",
                         seeds=keys,
@@ -303,14 +299,5 @@ class Pipeline:
     def _decode(self, tokens: torch.Tensor, output_type: OutputType) -> Images:
         if output_type == "latent":
             return tokens
-        tokenizer, grid = self.tokenizer, self.generator.config.grid_size
-        # Three maps of the first level at full size live at once in the decoder's last blocks.
-        width = tokenizer.config.ch * tokenizer.config.ch_mult[0]
-        planned = 3 * width * self.image_size**2 * tokenizer.dtype.itemsize * min(self.decode_batch, len(tokens))
-        check_fits({"decoder activations": planned}, available_bytes(tokenizer.device), "lower decode_batch")
-        decode_code = tokenizer.decode_code if self._decoder is None else self._decoder.decode_code
-        parts = []
-        for chunk in torch.split(tokens.to(tokenizer.device), self.decode_batch):
-            images = decode_code(chunk.long(), (len(chunk), tokenizer.config.codebook_embed_dim, grid, grid))
-            parts.append(arrange(images, output_type))
-        return join(parts, output_type)
+        decode_code = self.tokenizer.decode_code if self._decoder is None else self._decoder.decode_code
+        return decode(tokens, self.tokenizer, decode_code, self.decode_batch, output_type)

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
 
-from gear_engine.checkpoint import GeneratorOverrides, TokenizerOverrides
+from gear_engine.checkpoint import GeneratorOverrides, TokenizerOverrides, checkpoint_args
+from gear_engine.config import GeneratorConfig
 from gear_engine.errors import ConfigError, InvalidRequestError
+from gear_engine.hub import local_path
 from gear_engine.models.condition import TextCondition
 from gear_engine.models.transformer import Transformer
-from gear_engine.text_encoders import TextEncoder
+from gear_engine.text_encoders import CaptionFeatures, TextEncoder
 from gear_engine.tokenizers import Tokenizer
 
-__all__ = ["check_fit", "label_list", "repeat", "seed_list", "split_overrides", "take"]
+__all__ = [
+    "check_call",
+    "check_fit",
+    "encoded",
+    "label_list",
+    "repeat",
+    "seed_list",
+    "split_overrides",
+    "take",
+    "trained_text_encoder",
+]
 
 
 def check_fit(generator: Transformer, tokenizer: Tokenizer, text_encoder: TextEncoder | None) -> None:
@@ -37,6 +50,36 @@ def check_fit(generator: Transformer, tokenizer: Tokenizer, text_encoder: TextEn
         )
     if config.learned_uncond != (text_encoder.kind == "t5"):
         raise ConfigError("LlamaGen's text models take T5 states, GEAR's a causal language model's")
+
+
+def trained_text_encoder(path: str | os.PathLike[str], config: GeneratorConfig) -> tuple[str | None, str]:
+    """Name of the text encoder of a checkpoint's training, None if it does not say, and ``bf16``, ``fp16`` or ``fp32``.
+
+    As officially, GEAR's encoder ran in the trainer's ``mixed_precision`` (bf16 if that is not known, fp32 if it is
+    neither bf16 nor fp16); LlamaGen's runs in bf16.
+    """
+    saved = checkpoint_args(local_path(path))
+    name = saved.get("text_encoder")
+    trained = "bf16" if config.learned_uncond else saved.get("mixed_precision", "bf16")
+    return name if isinstance(name, str) and name else None, trained if trained in ("bf16", "fp16") else "fp32"
+
+
+def check_call(output_type: str, images_per_prompt: int, *sources: object) -> None:
+    """Raises :class:`InvalidRequestError` for an output or a count that is none, or unless one source is given."""
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise InvalidRequestError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
+    if images_per_prompt < 1:
+        raise InvalidRequestError(f"num_images_per_prompt must be at least 1, got {images_per_prompt}")
+    if sum(given is not None for given in sources) != 1:
+        raise InvalidRequestError("give exactly one of class_labels, prompt and captions")
+
+
+def encoded(features: CaptionFeatures, empty: CaptionFeatures | None, device: torch.device) -> TextCondition:
+    """The condition of encoded captions; ``empty`` are the states of the empty caption where guidance needs them."""
+    states, mask = features.states.to(device), features.mask.to(device)
+    if empty is None:
+        return TextCondition(states, mask)
+    return TextCondition(states, mask, empty.states[0].to(device), empty.mask[0].to(device))
 
 
 def label_list(labels: int | Sequence[int] | torch.Tensor | None) -> list[int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,9 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gear_engine.tokenizers import to_uint8
+from gear_engine.memory import available_bytes, check_fits
+from gear_engine.tokenizers import Tokenizer, to_uint8
 
-__all__ = ["Images", "OutputType", "PipelineOutput", "arrange", "join"]
+__all__ = ["Images", "OutputType", "PipelineOutput", "arrange", "decode", "join"]
 
 #: ``"pil"``: a list of PIL images, the official pixels. ``"np"``: float32 (B, H, W, 3) in [0, 1]. ``"pt"``: floats
 #: (B, 3, H, W) in [0, 1]. ``"latent"``: no decoding, the images are the tokens.
@@ -44,3 +46,27 @@ def join(parts: Sequence[torch.Tensor], output_type: OutputType) -> Images:
     if output_type == "pil":
         return [Image.fromarray(pixels) for pixels in joined.numpy()]
     return joined if output_type == "pt" else joined.permute(0, 2, 3, 1).float().cpu().numpy()
+
+
+def decode(
+    tokens: torch.Tensor,
+    tokenizer: Tokenizer,
+    decode_code: Callable[..., torch.Tensor],
+    batch: int,
+    output_type: OutputType,
+) -> Images:
+    """Tokens (B, n) of square images to pixels, ``batch`` images at a time through ``decode_code``.
+
+    Raises:
+        OutOfMemoryError: the decoder's activations do not fit; nothing was allocated.
+    """
+    grid, config = math.isqrt(tokens.shape[1]), tokenizer.config
+    # Three maps of the first level at full size live at once in the decoder's last blocks.
+    pixels = (grid * config.downsample) ** 2 * min(batch, len(tokens))
+    planned = 3 * config.ch * config.ch_mult[0] * pixels * tokenizer.dtype.itemsize
+    check_fits({"decoder activations": planned}, available_bytes(tokenizer.device), "lower decode_batch")
+    parts = []
+    for chunk in torch.split(tokens.to(tokenizer.device), batch):
+        images = decode_code(chunk.long(), (len(chunk), config.codebook_embed_dim, grid, grid))
+        parts.append(arrange(images, output_type))
+    return join(parts, output_type)

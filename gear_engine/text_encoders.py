@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ __all__ = [
 ]
 
 _MISSING = "prompts need the transformers package: pip install 'gear-engine[t2i]', or pass precomputed caption states"
+
+_PINNED = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 
 
 @dataclass(frozen=True)
@@ -195,22 +198,23 @@ def load_text_encoder(
     network.
 
     Args:
-        path: folder or ``owner/name``.
+        path: folder, ``owner/name``, or ``owner/name@revision`` to pin a commit, tag or branch.
         max_length: tokens per caption, the generator's ``cls_token_num``; default 300 (Qwen), 120 (T5).
         dtype: default bfloat16, the official programs' choice.
         preprocess: applied to each prompt first. None: nothing for Qwen, for T5 the cleaning that LlamaGen's models
             were trained with (:func:`gear_engine.caption_cleaning.clean_caption`); ``str`` turns that off.
-        revision: commit, tag or branch on the hub.
+        revision: the same as ``@revision`` in the name.
 
     Raises:
         BackendUnavailableError: transformers is not installed.
         CheckpointError: nothing usable is at ``path``.
+        InvalidRequestError: ``path`` and ``revision`` name different revisions.
     """
+    name, revision = _split_revision(os.fspath(path), revision)
     try:
         import transformers
     except ImportError as error:
         raise BackendUnavailableError(_MISSING) from error
-    name = os.fspath(path)
     options: dict[str, Any] = {"local_files_only": local_files_only or Path(name).is_dir()}
     if revision is not None:
         options["revision"] = revision
@@ -225,6 +229,16 @@ def load_text_encoder(
     if is_t5:
         return T5TextEncoder(tokenizer, model, max_length or 120, preprocess or clean_caption)
     return QwenTextEncoder(tokenizer, model, max_length or 300, preprocess)
+
+
+def _split_revision(name: str, revision: str | None) -> tuple[str, str | None]:
+    """Repository and revision of ``owner/name@revision``; anything that exists here is a folder."""
+    match = None if os.path.exists(name) else _PINNED.fullmatch(name)
+    if match is None:
+        return name, revision
+    if revision not in (None, match["revision"]):
+        raise InvalidRequestError(f"{name} and revision={revision!r} name different revisions: give one of them")
+    return match["repo"], match["revision"]
 
 
 @contextlib.contextmanager

@@ -54,6 +54,31 @@ def test_first_differences_are_ties_or_not(
     assert same == {"images": 4, "equal": 4, "ties": 0, "different": 0}
 
 
+def test_a_tokenizers_errors_are_seen_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    indices = rng.integers(0, 30, 12)
+    official = {
+        "indices": indices,
+        "quant": rng.standard_normal((2, 5, 2, 3)).astype(np.float32),
+        "distance_rows": rng.random((4, 30), dtype=np.float32),
+        "decoded": rng.random((2, 3, 4, 6), dtype=np.float32),
+    }
+    assert set(comparison.tokenizer_errors(official, official).values()) == {0.0}
+    for name, others in (("quant", ()), ("decoded", ()), ("distance_rows", ("soft_readout",))):
+        ours = {**official, name: official[name] + np.float32(0.01) * (official[name] > 0.5)}
+        errors = comparison.tokenizer_errors(official, ours)
+        assert all((error > 1e-3) == (key == name or key in others) for key, error in errors.items()), errors
+    # Image 1, row 0, column 2 chose another code: its vector is left out, any other is not.
+    other, quant = indices.copy(), official["quant"].copy()
+    other[8] += 1
+    quant[1, :, 0, 2] += 9
+    assert comparison.tokenizer_errors(official, {**official, "indices": other, "quant": quant})["quant"] == 0
+    quant[1, :, 1, 0] += 9
+    assert comparison.tokenizer_errors(official, {**official, "indices": other, "quant": quant})["quant"] > 1
+    none = {**official, "indices": indices + 1}
+    assert comparison.tokenizer_errors(official, none)["quant"] == float("inf")
+
+
 def test_children_are_measured_and_failures_are_shown(tmp_path: Path) -> None:
     ballast = np.ones(60_000_000)  # 480 MB of ours, which are not the child's
     program = "x = bytearray(200_000_000); x[::4096] = b'1' * len(x[::4096]); import time; time.sleep(0.2)"

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from gear_engine import compat
+from gear_engine import compat, pipeline
 from gear_engine.config import GeneratorConfig, TokenizerConfig
 from gear_engine.errors import CheckpointError, ConfigError, InvalidRequestError, OutOfMemoryError
 from gear_engine.models.condition import TextCondition
@@ -276,6 +276,36 @@ def test_load_from_an_official_file(pipe: Pipeline, tmp_path: Path) -> None:
         Pipeline.from_pretrained(tmp_path / "alone.pt", **options)
     given = Pipeline.from_pretrained(tmp_path / "alone.pt", pipe.tokenizer, **options)
     assert given.tokenizer is pipe.tokenizer
+
+
+@pytest.mark.parametrize(
+    ("args", "dtype"),
+    [
+        ({"mixed_precision": "fp16"}, torch.float16),
+        ({"mixed_precision": "no"}, torch.float32),
+        ({}, torch.bfloat16),
+    ],
+)
+def test_the_text_encoder_of_the_training(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: dict[str, str], dtype: torch.dtype
+) -> None:
+    path = tmp_path / "text.pt"
+    # "no" is what the trainer stores for fp32; the architecture follows from the shapes and the options.
+    saved = {"text_encoder": "Qwen/Qwen3-1.7B", **args}
+    torch.save({"ema": make_generator(GEAR_TEXT_CONFIG).state_dict(), "args": saved}, path)
+    options = {"n_head": 2, "image_size": 8, "downsample_ratio": 2, "cls_token_num": 6, "text_attn": "causal"}
+    pipe = Pipeline.from_pretrained(path, tokenizer, **options)
+    with pytest.raises(InvalidRequestError, match=r"'Qwen/Qwen3-1.7B' \(the checkpoint's own\)"):
+        pipe(prompt="a cat")
+    opened: list[tuple[str, dict[str, Any]]] = []
+
+    def load(name: str, **options: Any) -> QwenTextEncoder:
+        opened.append((name, options))
+        return QwenTextEncoder(WordTokenizer(), Tower(), 6)
+
+    monkeypatch.setattr(pipeline, "load_text_encoder", load)
+    Pipeline.from_pretrained(path, tokenizer, text_encoder="owner/name@1", **options)
+    assert opened == [("owner/name@1", {"max_length": 6, "device": None, "dtype": dtype})]
 
 
 @pytest.mark.parametrize(

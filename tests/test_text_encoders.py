@@ -177,6 +177,32 @@ def test_missing_folder_and_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         load_text_encoder("nobody/no-such-encoder", local_files_only=True)
 
 
+def test_a_name_pins_its_revision(qwen_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    def record(name: str, **options: Any) -> Any:
+        asked.append((name, options.get("revision")))
+        raise OSError("offline")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", record)
+    for name, options in (
+        ("owner/name@0a1b2c3", {}),
+        ("owner/name@0a1b2c3", {"revision": "0a1b2c3"}),
+        ("owner/name", {"revision": "v1.0"}),
+        ("owner/name", {}),
+    ):
+        with pytest.raises(CheckpointError, match="no text encoder at"):
+            load_text_encoder(name, **options)
+    assert asked == [("owner/name", revision) for revision in ("0a1b2c3", "0a1b2c3", "v1.0", None)]
+    with pytest.raises(InvalidRequestError, match="different revisions"):
+        load_text_encoder("owner/name@0a1b2c3", revision="main")
+    monkeypatch.undo()
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name@1").symlink_to(qwen_folder)
+    monkeypatch.chdir(tmp_path)
+    assert load_text_encoder("owner/name@1", max_length=3).max_length == 3
+
+
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 

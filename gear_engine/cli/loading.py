@@ -104,17 +104,12 @@ def load_tokenizer_alone(args: argparse.Namespace, device: torch.device, dtype: 
 def text_encoder_choice(args: argparse.Namespace, config: GeneratorConfig) -> tuple[str | None, str]:
     """Name and precision of the text encoder: the flags, else what the checkpoint's own arguments say.
 
-    As officially, GEAR's encoder ran in the trainer's ``mixed_precision`` (bf16 if that is not known, fp32 if it is
-    neither bf16 nor fp16); LlamaGen's runs in bf16.
+    See :func:`gear_engine.pipeline_inputs.trained_text_encoder`.
     """
-    from gear_engine.checkpoint import checkpoint_args
-    from gear_engine.hub import local_path
+    from gear_engine.pipeline_inputs import trained_text_encoder
 
-    saved = checkpoint_args(local_path(args.ckpt_path))
-    name = args.text_encoder or saved.get("text_encoder")
-    trained = "bf16" if config.learned_uncond else saved.get("mixed_precision", "bf16")
-    dtype = args.text_dtype or (trained if trained in ("bf16", "fp16") else "fp32")
-    return name if isinstance(name, str) and name else None, dtype
+    name, dtype = trained_text_encoder(args.ckpt_path, config)
+    return args.text_encoder or name, args.text_dtype or dtype
 
 
 def _given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
