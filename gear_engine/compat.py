@@ -78,6 +78,8 @@ def generate(
         if emb_masks is not None and not bool((emb_masks != 0).all()):
             raise InvalidRequestError("a class label cannot be masked: leave emb_masks out for a class model")
         condition = torch.as_tensor(cond)
+        if condition.dim() != 1:
+            raise InvalidRequestError(f"class labels are one-dimensional, (B,), not {tuple(condition.shape)}")
     elif config.learned_uncond:
         condition = TextCondition(cond, emb_masks)
     else:

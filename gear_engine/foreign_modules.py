@@ -105,6 +105,11 @@ def generator_config(module: nn.Module) -> GeneratorConfig:
     )
 
 
+def _parameters(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters by their official names, also where layers were compiled one by one."""
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in module.named_parameters()}
+
+
 def generator_weights(module: nn.Module) -> GeneratorWeights:
     """The weights of an official or own Transformer, by reference.
 
@@ -113,7 +118,7 @@ def generator_weights(module: nn.Module) -> GeneratorWeights:
     """
     if isinstance(module, Transformer):
         return module.weights()
-    state: dict[str, torch.Tensor] = dict(module.named_parameters())
+    state = _parameters(module)
     uncond = "cls_embedding.uncond_embedding"
     state |= {name: tensor for name, tensor in module.named_buffers() if name == uncond}
     try:
@@ -177,14 +182,14 @@ def decode_code(
     """
     with torch.device("meta"):
         shell = build_tokenizer(tokenizer_config(module))
-    state: dict[str, torch.Tensor] = dict(module.named_parameters())
+    state = _parameters(module)
     expected = {name: tensor.shape for name, tensor in shell.state_dict().items()}
     name_of = type(module).__name__
     for name, shape_wanted in expected.items():
         if name not in state or state[name].shape != shape_wanted:
             found = tuple(state[name].shape) if name in state else "missing"
             raise ConfigError(f"{name_of} is no tokenizer of the family: {name} is {found}, not {tuple(shape_wanted)}")
-    for name in [*state, *(name for name, _ in module.named_buffers())]:
+    for name in [*state, *(name.replace("_orig_mod.", "") for name, _ in module.named_buffers())]:
         if name not in expected and name not in _TOKENIZER_BUFFERS:
             raise ConfigError(f"{name_of} is no tokenizer of the family: unknown tensor {name}")
     lent = {f"tokenizer.{name}": tensor.detach() for name, tensor in state.items()}

@@ -228,6 +228,10 @@ def test_wrapped_by_compile_and_by_ddp() -> None:
             torch.distributed.destroy_process_group()
     torch.manual_seed(6)
     assert torch.equal(compat.generate(torch.compile(model), labels, TOKENS), expected)
+    for index, layer in enumerate(model.layers):
+        model.layers[index] = torch.compile(layer)  # as trainers do that compile block by block
+    torch.manual_seed(6)
+    assert torch.equal(compat.generate(model, labels, TOKENS), expected)
 
 
 def test_our_own_transformer() -> None:
@@ -402,6 +406,7 @@ def test_packed_or_cast_weights_do_not_outlive_the_call() -> None:
         (lambda m: compat.generate(m, torch.tensor([8]), TOKENS), "label 8"),
         (lambda m: compat.generate(m, torch.tensor([-1]), TOKENS), "label -1"),
         (lambda m: compat.generate(m, torch.tensor([0.5]), TOKENS), "labels must be integers"),
+        (lambda m: compat.generate(m, torch.tensor(1), TOKENS), "one-dimensional"),
         (lambda m: compat.generate(m, torch.tensor([1]), 17), "17"),
         (lambda m: compat.generate(m, torch.tensor([1]), 0), "0"),
         (lambda m: compat.generate(m, torch.tensor([1]), TOKENS, cfg_scale=float("nan")), "cfg_scale"),
