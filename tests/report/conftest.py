@@ -107,7 +107,7 @@ def example_record() -> Record:
 
 @pytest.fixture
 def recorded() -> Callable[[str], Record]:
-    """``recorded("a")``, ``recorded("b")``: two runs of one commit on a shared 2-core machine."""
+    """``recorded("quiet")``, ``recorded("busy")``: runs on a 2-core machine, alone and beside other programs."""
     text = (Path(__file__).parent / "recorded.json").read_text()
     runs = json.loads(text)
 
