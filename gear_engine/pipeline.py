@@ -13,6 +13,7 @@ from gear_engine import pipeline_inputs as inputs
 from gear_engine.checkpoint import open_generator, open_tokenizer, save_pretrained
 from gear_engine.engine import Engine
 from gear_engine.errors import ConfigError, InvalidRequestError
+from gear_engine.memory import available_bytes, check_fits, decoder_bytes
 from gear_engine.models.condition import TextCondition
 from gear_engine.models.transformer import Transformer
 from gear_engine.ops.skinny_linear import PackKind
@@ -206,7 +207,7 @@ class Pipeline:
         Exactly one of ``class_labels``, ``prompt`` and ``captions`` is given.
 
         Args:
-            class_labels: ints in [0, num_classes).
+            class_labels: ints in [0, num_classes]; num_classes is the unconditional class.
             prompt: text, needs the text encoder.
             captions: precomputed encoder states, as a :class:`TextCondition`.
             guidance_scale: classifier-free guidance; 1 turns it off.
@@ -268,7 +269,7 @@ class Pipeline:
                 dtype=self.dtype,
                 backend=self.backend,
                 weight_format=self.weight_format,
-                memory_budget=self.memory_budget,
+                memory_budget=self._engine_budget(),
             )
         engine = self._engine
         # Streams of their own need no lockstep: the engine queues what does not fit.
@@ -295,6 +296,14 @@ class Pipeline:
                     )
                 )
         return torch.cat(parts)
+
+    def _engine_budget(self) -> int | None:
+        """What sampling may take: the decoder works while the engine's caches are held."""
+        available = available_bytes(self.device) if self.memory_budget is None else self.memory_budget
+        size, images = self.image_size, min(self.decode_batch, self.max_images)
+        decoder = decoder_bytes(self.tokenizer.config, size, size, images, self.tokenizer.dtype)
+        check_fits({f"decoder, {images} images at once": decoder}, available, "lower decode_batch")
+        return None if available is None else available - decoder
 
     def _decode(self, tokens: torch.Tensor, output_type: OutputType) -> Images:
         if output_type == "latent":

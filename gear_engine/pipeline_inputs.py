@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -82,13 +83,23 @@ def encoded(features: CaptionFeatures, empty: CaptionFeatures | None, device: to
     return TextCondition(states, mask, empty.states[0].to(device), empty.mask[0].to(device))
 
 
+def _integers(name: str, values: Any) -> list[int]:
+    """Integers of any form (one, a sequence, a numpy array, a tensor) as Python's own."""
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    listed = [values] if isinstance(values, numbers.Integral) else values
+    if isinstance(listed, (str, bytes)) or not isinstance(listed, Iterable):
+        raise InvalidRequestError(f"{name} must be integers, not {values!r}")
+    found = list(listed)
+    for value in found:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise InvalidRequestError(f"{name} must be integers, not {value!r}")
+    return [int(value) for value in found]
+
+
 def label_list(labels: int | Sequence[int] | torch.Tensor | None) -> list[int]:
     """Labels of any form as ints; their range is checked by the engine."""
-    if isinstance(labels, torch.Tensor):
-        if labels.is_floating_point() or labels.dtype == torch.bool:
-            raise InvalidRequestError(f"class_labels must be integers, not {labels.dtype}")
-        labels = labels.reshape(-1).tolist()
-    found = [labels] if isinstance(labels, int) else list(labels or ())
+    found = _integers("class_labels", labels.reshape(-1) if isinstance(labels, torch.Tensor) else labels)
     if not found:
         raise InvalidRequestError("at least one label is needed")
     return found
@@ -135,7 +146,7 @@ def seed_list(seeds: int | Sequence[int] | None, count: int) -> list[int]:
     if seeds is None:
         drawn: list[int] = torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64).tolist()
         return drawn
-    given = [seeds] if isinstance(seeds, int) else list(seeds)
+    given = _integers("seeds", seeds)
     if len(given) != count:
         raise InvalidRequestError(f"{count} images need {count} seeds, got {len(given)}")
     return given

@@ -18,6 +18,7 @@ from gear_engine.errors import CheckpointError, ConfigError, InvalidRequestError
 from gear_engine.models.condition import TextCondition
 from gear_engine.models.transformer import Transformer
 from gear_engine.pipeline import Pipeline
+from gear_engine.pipeline_inputs import label_list, seed_list
 from gear_engine.text_encoders import QwenTextEncoder, T5TextEncoder
 from gear_engine.tokenizers import Tokenizer, build_tokenizer, to_uint8
 from gear_engine.tokenizers.decoder_fast import unavailable
@@ -347,3 +348,20 @@ def test_a_batch_that_does_not_fit_in_memory(tokenizer: Tokenizer) -> None:
     pipe = Pipeline(make_generator(), tokenizer, max_images=1000, memory_budget=10**6)
     with pytest.raises(OutOfMemoryError, match="max_images"):
         pipe(1, seeds=1)
+
+
+def test_integers_of_any_form() -> None:
+    assert label_list(np.int64(3)) == label_list(torch.tensor([3])) == label_list([3]) == [3]
+    assert label_list(np.array([1, 2])) == label_list(torch.tensor([[1], [2]])) == [1, 2]
+    assert seed_list(torch.tensor([4, 5]), 2) == seed_list(np.array([4, 5]), 2) == [4, 5]
+    for wrong in ("12", [0.5], [True], None, torch.tensor([0.5]), ["1"]):
+        with pytest.raises(InvalidRequestError, match="integers"):
+            label_list(wrong)  # type: ignore[arg-type]
+
+
+def test_a_decoder_that_does_not_fit_is_refused_before_sampling(tokenizer: Tokenizer) -> None:
+    steps = []
+    pipe = Pipeline(make_generator(), tokenizer, max_images=2, memory_budget=1000)
+    with pytest.raises(OutOfMemoryError, match="decoder, 2 images"):
+        pipe([1, 2], callback_on_step_end=lambda *step: steps.append(step))
+    assert not steps
