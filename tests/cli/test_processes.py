@@ -18,7 +18,7 @@ from tests.cli import tiny
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 #: Enough images that a signal comes in time.
-COUNT = 16
+COUNT = 64  # long enough that a signal, once the first image is there, arrives before the last one
 STEP = Path("exp") / "step0000007" / "cfg2-temp1"
 
 
