@@ -24,6 +24,9 @@ __all__ = ["Limits", "Series", "take_samples"]
 #: A sample holds so many calls that it lasts at least this long: clock and loop overhead stay below 0.1%.
 _SHORTEST_SAMPLE = 1e-3
 _WARMUP_AGREEMENT = 0.1
+#: How long OpenMP's workers may spin after their work, and samples beside which that is nothing.
+_SPIN = 5e-3
+_LONG_SAMPLE = 0.2
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,18 @@ def _warm_up(series: Series, timer: _Timer, copies: int, limits: Limits) -> None
     series.calls_per_sample = max(1, math.ceil(_SHORTEST_SAMPLE / min(recent)))
 
 
+def _hand_over(series: Series) -> None:
+    """Lets the previous implementation's threads go to sleep and wakes this one's, before a short sample.
+
+    OpenMP's workers spin for a few milliseconds after their work; on cores that are all in use they would take time
+    from the next implementation, if that has threads of its own.
+    """
+    if series.samples and series.samples[-1] * series.calls_per_sample > _LONG_SAMPLE:
+        return
+    time.sleep(_SPIN)
+    series.implementation.call(0)
+
+
 def take_samples(
     implementations: Sequence[Implementation],
     *,
@@ -133,6 +148,8 @@ def take_samples(
             series = every[(turn + offset) % len(every)]
             if series.done:
                 continue
+            if len(every) > 1 and device.type == "cpu":
+                _hand_over(series)
             wall, on_device = timer.time(series.implementation.call, series.calls_per_sample, copies)
             series.samples.append(wall)
             if on_device is not None:

@@ -23,8 +23,9 @@ Verdict = Literal["faster", "slower", "equal", "cannot tell"]
 
 #: Two medians are called equal if the whole interval of their ratio lies within this of 1.
 EQUAL_WITHIN = 0.05
-#: Differences below this are never named, however narrow the interval: code placement alone moves timings so much.
-SMALLEST_CHANGE = 0.02
+#: Differences below this are never named, however narrow the interval: where memory and threads happen to lie moves the
+#: medians of two runs of one commit by so much.
+SMALLEST_CHANGE = 0.05
 #: Share of CPU time of other processes beyond which a row says nothing about a change.
 DISTURBED = 0.10
 #: The control measurements agree with themselves to about this on an idle machine.

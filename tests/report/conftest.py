@@ -107,7 +107,9 @@ def example_record() -> Record:
 
 @pytest.fixture
 def recorded() -> Callable[[str], Record]:
-    """``recorded("quiet")``, ``recorded("busy")``: runs on a 2-core machine, alone and beside other programs."""
+    """``recorded("quiet")``, ``recorded("busy")``: runs on a 2-core machine, alone and beside other programs;
+    ``recorded("first")``, ``recorded("second")``: two runs of one commit one after the other, alone.
+    """
     text = (Path(__file__).parent / "recorded.json").read_text()
     runs = json.loads(text)
 

@@ -55,7 +55,7 @@ def test_peers_alternate_and_settle(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = take_samples(work, copies=1, limits=Limits(min_samples=6, max_seconds=0.2), device=CPU)
     assert first.samples == pytest.approx([0.010] * 6) and second.samples == pytest.approx([0.020] * 6)
     assert first.settled and second.settled
-    assert "".join(clock.calls[-12:]) == "abbaabbaabba"  # the first of a round takes turns
+    assert "".join(clock.calls[-12:]) == "bbaaaabbbbaa"  # an untimed and a timed call; rounds begin in turn
 
 
 def test_noise_ends_at_the_cap_unsettled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,15 @@ def _noisy(scale: float, noise: float, seed: int, count: int = 60) -> list[float
     return (scale * (1 + noise * rng.standard_normal(count))).clip(min=scale / 10).tolist()
 
 
+def test_two_recorded_runs_of_one_commit_name_no_change(recorded: Callable[[str], Record]) -> None:
+    verdicts = _verdicts(recorded("first"), recorded("second"))
+    assert len(verdicts) == 6
+    assert set(verdicts.values()) <= {"equal", "cannot tell"}, verdicts
+    assert "equal" in verdicts.values()
+    backwards = _verdicts(recorded("second"), recorded("first"))
+    assert set(backwards.values()) <= {"equal", "cannot tell"}, backwards
+
+
 def test_a_quiet_and_a_busy_recorded_run_name_no_change(recorded: Callable[[str], Record]) -> None:
     """The medians lie up to five times apart: other programs took half of the CPU in one of the runs."""
     (comparison,) = compare([Report(recorded("quiet")), Report(recorded("busy"))])
