@@ -1,9 +1,9 @@
 """Samples of several implementations of the same work, taken in alternation until they can be quoted.
 
-Warm-up until three calls in a row agree, then rounds of one sample per implementation, each round starting with
-another one, so that a machine that slows down slows all of them. An implementation is done when half the 95% interval
-of its median is at most the noise bound (after a quarter of the cap), or at its cap of seconds or samples; which of the
-two is recorded.
+Warm-up until three calls in a row agree, then rounds of one turn (10 ms of samples, at least one) per implementation,
+each round starting with another one, so that a machine that slows down slows all of them. An implementation is done
+when half the 95% interval of its median is at most the noise bound (after a quarter of the cap), or at its cap of
+seconds or samples; which of the two is recorded.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ __all__ = ["Limits", "Series", "take_samples"]
 #: A sample holds so many calls that it lasts at least this long: clock and loop overhead stay below 0.1%.
 _SHORTEST_SAMPLE = 1e-3
 _WARMUP_AGREEMENT = 0.1
-#: How long OpenMP's workers may spin after their work, and samples beside which that is nothing.
-_SPIN = 5e-3
+#: How long OpenMP's workers may spin after their work; how long a turn of short samples is;
+#: samples beside which both are nothing.
+_SPIN = 8e-3
+_TURN = 10e-3
 _LONG_SAMPLE = 0.2
 
 
@@ -117,15 +119,24 @@ def _warm_up(series: Series, timer: _Timer, copies: int, limits: Limits) -> None
 
 
 def _hand_over(series: Series) -> None:
-    """Lets the previous implementation's threads go to sleep and wakes this one's, before a short sample.
+    """Untimed calls, until the previous implementation's threads sleep and this one's are awake on their cores.
 
-    OpenMP's workers spin for a few milliseconds after their work; on cores that are all in use they would take time
-    from the next implementation, if that has threads of its own.
+    OpenMP's workers spin for a few milliseconds after their work; where all cores are in use they would take time from
+    an implementation with threads of its own. A pause would not do: waking from it costs more than the spinning.
     """
     if series.samples and series.samples[-1] * series.calls_per_sample > _LONG_SAMPLE:
         return
-    time.sleep(_SPIN)
-    series.implementation.call(0)
+    start = time.perf_counter()
+    while time.perf_counter() - start < _SPIN:
+        series.implementation.call(0)
+
+
+def _sample(series: Series, timer: _Timer, copies: int) -> None:
+    wall, on_device = timer.time(series.implementation.call, series.calls_per_sample, copies)
+    series.samples.append(wall)
+    if on_device is not None:
+        series.device_samples.append(on_device)
+    series.spent += wall * series.calls_per_sample
 
 
 def take_samples(
@@ -136,7 +147,7 @@ def take_samples(
     device: torch.device,
     tick: Callable[[], None] = lambda: None,
 ) -> list[Series]:
-    """Measures all ``implementations`` in alternation; ``tick`` is called after every sample."""
+    """Measures all ``implementations`` in alternation; ``tick`` is called after every turn."""
     every = [Series(implementation) for implementation in implementations]
     timer = _Timer(device)
     for series in every:
@@ -150,12 +161,10 @@ def take_samples(
                 continue
             if len(every) > 1 and device.type == "cpu":
                 _hand_over(series)
-            wall, on_device = timer.time(series.implementation.call, series.calls_per_sample, copies)
-            series.samples.append(wall)
-            if on_device is not None:
-                series.device_samples.append(on_device)
-            series.spent += wall * series.calls_per_sample
-            series.judge(limits)
+            end = series.spent + _TURN
+            while series.spent < end and not series.done:
+                _sample(series, timer, copies)
+                series.judge(limits)
             tick()
         turn += 1
     return every
