@@ -77,6 +77,8 @@ def test_a_signal_leaves_a_folder_that_resumes(
         env=ENVIRONMENT,
         stderr=subprocess.PIPE,
         text=True,
+        # Shells start background jobs, and so perhaps this test, with SIGINT ignored; a child would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     samples = tmp_path / "broken" / STEP / "samples"
     deadline = time.monotonic() + 60
