@@ -200,7 +200,8 @@ def _rollout(params: dict[str, Any], context: Context) -> Work:
             condition = torch.tensor(labels, device=context.device)
 
             def official(index: int) -> Any:
-                return generate.generate(model, condition, total, cfg_scale=settings.cfg_scale)
+                # In a tuple: it draws from torch's generator, so its tokens are not to be held against Philox's.
+                return (generate.generate(model, condition, total, cfg_scale=settings.cfg_scale),)
 
             implementations.append(Implementation("official", "peer", official))
         except Skip as reason:
