@@ -29,7 +29,7 @@ from gear_engine.config import TOKENIZER_PRESETS, GeneratorConfig, TokenizerConf
 from gear_engine.ops.skinny_linear import PackKind
 from gear_engine.tokenizers import Decoder, build_tokenizer
 
-__all__ = ["FORMATS", "decode_dtype", "latents", "measure", "table"]
+__all__ = ["FORMATS", "decode_dtype", "latents", "measure", "reset_peak", "resident", "table"]
 
 #: name -> (dtype of activations and cache, kind of packed weights)
 FORMATS: dict[str, tuple[torch.dtype, PackKind | None]] = {
@@ -48,7 +48,7 @@ def decode_dtype(format_: str) -> torch.dtype:
     return torch.float32 if format_ == "fp32" else torch.bfloat16
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """``VmRSS`` or ``VmHWM`` of this process in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
@@ -56,7 +56,8 @@ def _resident(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
+    """Lowers ``VmHWM`` to what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -75,8 +76,8 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     dtype, kind = FORMATS[job["format"]]
     _warm_up(job["format"], name is not None)
     gc.collect()
-    base = _resident("VmRSS")
-    _reset_peak()
+    base = resident("VmRSS")
+    reset_peak()
     config = generator_config(job["model"])
     engine = Engine(
         generator_weights(config, 0, torch.device("cpu")),
@@ -88,8 +89,8 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         tokenizer = build_tokenizer(TOKENIZER_PRESETS[name]).eval().requires_grad_(False)
         decoder = Decoder(tokenizer, dtype=decode_dtype(job["format"]))
     gc.collect()
-    building = _resident("VmHWM") - base
-    _reset_peak()
+    building = resident("VmHWM") - base
+    reset_peak()
     drawn = engine.generate(list(range(images)), SamplingParams(cfg_scale=4.0), rng="torch", max_new_tokens=tokens)
     parts = {"weights": engine.weights.nbytes, "cache": engine.cache.kv.nbytes}
     if decoder is not None:
@@ -99,7 +100,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         convolutions = sum(p.nbytes for p in decoder.tokenizer.decoder.parameters() if p.ndim == 4)
         parts["converted"] = convolutions * decoder.dtype.itemsize // 4
         parts["activations"] = decoder.nbytes
-    peak = _resident("VmHWM") - base
+    peak = resident("VmHWM") - base
     return {"base": base, "building": building, "peak": peak, "parts": parts, "ratio": peak / sum(parts.values())}
 
 

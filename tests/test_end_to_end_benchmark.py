@@ -62,14 +62,14 @@ def test_peak_memory_sees_what_is_held() -> None:
     """Pages that are touched raise the peak; the reset forgets them. They come from the system: a freed block of the
     allocator's would be resident already."""
     size = 32 << 20
-    peak_memory._reset_peak()
-    before = peak_memory._resident("VmHWM")
+    peak_memory.reset_peak()
+    before = peak_memory.resident("VmHWM")
     with mmap.mmap(-1, size) as block:
         block.write(b"\1" * size)
-        held = peak_memory._resident("VmHWM")
+        held = peak_memory.resident("VmHWM")
     assert held - before >= 0.9 * size
-    peak_memory._reset_peak()
-    assert peak_memory._resident("VmHWM") < held - size // 2
+    peak_memory.reset_peak()
+    assert peak_memory.resident("VmHWM") < held - size // 2
 
 
 def test_table_names_what_is_over_the_limit() -> None:

@@ -7,6 +7,7 @@ An op has one numerical contract and several implementations, each registered he
 ``cpu``         compiled C++ (``csrc/cpu``)
 ``cuda``        compiled CUDA (``csrc/cuda``)
 ``triton``      Triton (``gear_engine.triton_kernels``)
+``chunked``     plain torch in blocks of rows, any device: what the reference computes, in bounded memory
 ==============  =====================================================================
 
 :func:`resolve` is called when an engine is built and before a graph is captured. Asking for a backend that cannot run
@@ -28,10 +29,10 @@ __all__ = ["PREFERENCE", "Implementation", "implementations", "register", "resol
 
 #: Order in which ``"auto"`` looks for an implementation, per device type.
 PREFERENCE: Final[Mapping[str, tuple[str, ...]]] = {
-    "cpu": ("cpu", "reference"),
-    "cuda": ("cuda", "triton", "reference"),
+    "cpu": ("cpu", "chunked", "reference"),
+    "cuda": ("cuda", "triton", "chunked", "reference"),
 }
-_DEFAULT_PREFERENCE: Final = ("reference",)
+_DEFAULT_PREFERENCE: Final = ("chunked", "reference")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from gear_engine.ops import backends, native, triton_backend
 
-__all__ = ["Metric", "codebook_quantize", "reference"]
+__all__ = ["Metric", "codebook_quantize", "hard_indices", "reference"]
 
 Metric = Literal["l2", "l2_normalized", "inner_product"]
 
@@ -37,6 +37,8 @@ MAX_CODES = 2**18
 MAX_WIDTH = 512
 #: Elements up to which torch stays on the calling thread (one less than its grain size).
 SERIAL_ELEMENTS = 32767
+#: Rows per block where the reference would otherwise materialise an [N, K] array.
+_BLOCK_ROWS = 4096
 
 
 def codebook_quantize(
@@ -69,6 +71,13 @@ def codebook_quantize(
     with torch.no_grad():
         found: tuple[torch.Tensor, torch.Tensor] = run(z, codebook, metric)
     return found
+
+
+def hard_indices(z: torch.Tensor, codebook: torch.Tensor, metric: Metric) -> torch.Tensor:
+    """Indices [N] of :func:`codebook_quantize`, without an [N, K] array whichever backend runs."""
+    backend = backends.resolve("codebook_quantize", z.device, z.dtype).backend
+    block = _BLOCK_ROWS if backend == "reference" else max(1, z.shape[0])
+    return torch.cat([codebook_quantize(part, codebook, metric)[0] for part in torch.split(z, block)])
 
 
 def reference(z: torch.Tensor, codebook: torch.Tensor, metric: Metric) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,9 +23,10 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 
+from gear_engine.errors import InvalidRequestError
 from gear_engine.ops import backends, native
 
-__all__ = ["Distance", "reference", "soft_readout"]
+__all__ = ["Distance", "check_arguments", "reference", "scale_and_bias", "soft_readout"]
 
 Distance = Literal["l2", "l2_normalized", "inner_product", "lfq"]
 
@@ -53,26 +54,48 @@ def soft_readout(
         (N, C).
 
     Raises:
-        ValueError: a shape, dtype, device, tau or the distance does not fit, or a gradient is asked of a compiled
-            backend.
+        InvalidRequestError: a shape, dtype, device, tau or the distance does not fit, or a gradient is asked of a
+            compiled backend.
         BackendUnavailableError: the named backend cannot run here.
     """
-    if distance not in get_args(Distance):
-        raise ValueError(f"distance must be one of {', '.join(get_args(Distance))}, got {distance!r}")
-    if not (math.isfinite(tau) and tau > 0):
-        raise ValueError(f"tau must be positive and finite, got {tau}")
-    if z.ndim != 2 or codebook.ndim != 2 or table.ndim != 2 or z.shape[1] != codebook.shape[1]:
-        raise ValueError(f"z (N, d), codebook (K, d) do not fit: {tuple(z.shape)}, {tuple(codebook.shape)}")
-    if min(*codebook.shape, table.shape[1]) < 1 or table.shape[0] != codebook.shape[0]:
-        raise ValueError(f"codebook (K, d), table (K, C) do not fit: {tuple(codebook.shape)}, {tuple(table.shape)}")
+    check_arguments(z, codebook, table, tau, distance)
     operands = (z, codebook, table)
-    if len({(operand.dtype, operand.device) for operand in operands}) != 1:
-        raise ValueError("z, codebook and table must share dtype and device")
     chosen = backends.resolve("soft_readout", z.device, z.dtype, backend)
     if chosen.backend != "reference" and torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
-        raise ValueError(f"the {chosen.backend!r} backend has no gradient; use backend='reference' or torch.no_grad()")
+        raise InvalidRequestError(
+            f"the {chosen.backend!r} backend has no gradient; use dual_readout, backend='reference' or torch.no_grad()"
+        )
     out: torch.Tensor = chosen.load()(z, codebook, table, tau, distance)
     return out
+
+
+def check_arguments(z: torch.Tensor, codebook: torch.Tensor, table: torch.Tensor, tau: float, distance: str) -> None:
+    """What soft_readout and dual_readout ask of their arguments.
+
+    Raises:
+        InvalidRequestError: a shape, dtype, device, tau or the distance does not fit.
+    """
+    if distance not in get_args(Distance):
+        raise InvalidRequestError(f"distance must be one of {', '.join(get_args(Distance))}, got {distance!r}")
+    if not 0 < tau < math.inf:
+        raise InvalidRequestError(f"tau must be positive and finite, got {tau}")
+    shapes = f"z {tuple(z.shape)}, codebook {tuple(codebook.shape)}, table {tuple(table.shape)}"
+    if z.ndim != 2 or codebook.ndim != 2 or table.ndim != 2 or z.shape[1] != codebook.shape[1]:
+        raise InvalidRequestError(f"z (N, d), codebook (K, d) and table (K, C) do not fit: {shapes}")
+    if min(*codebook.shape, table.shape[1]) < 1 or table.shape[0] != codebook.shape[0]:
+        raise InvalidRequestError(f"codebook (K, d) and table (K, C) do not fit or are empty: {shapes}")
+    if not (z.dtype == codebook.dtype == table.dtype and z.device == codebook.device == table.device):
+        raise InvalidRequestError("z, codebook and table must share dtype and device")
+
+
+def scale_and_bias(codebook: torch.Tensor, tau: float, distance: str) -> tuple[float, torch.Tensor]:
+    """(scale, bias [K]) with -D / tau = scale (z . e + bias) up to a term that is the same for all codes.
+
+    z and e as they enter the distance: already normalised.
+    """
+    if distance in ("l2", "l2_normalized"):
+        return 2.0 / tau, codebook.square().sum(dim=1).mul_(-0.5)
+    return (1.0 if distance == "inner_product" else 2.0) / tau, codebook.new_zeros(codebook.shape[0])
 
 
 def reference(
@@ -93,9 +116,7 @@ def _cpu(z: torch.Tensor, codebook: torch.Tensor, table: torch.Tensor, tau: floa
     if distance == "l2_normalized":
         z, codebook = F.normalize(z, dim=-1), F.normalize(codebook, dim=-1)
     z, codebook, table = z.contiguous(), codebook.contiguous(), table.contiguous()
-    # -D / tau = scale (z . e + bias) up to a term that is the same for all codes.
-    with_norms = distance in ("l2", "l2_normalized")
-    bias = codebook.square().sum(dim=1).mul_(-0.5) if with_norms else codebook.new_zeros(codebook.shape[0])
+    scale, bias = scale_and_bias(codebook, tau, distance)
     out = torch.empty(z.shape[0], table.shape[1])
     native.module().soft_readout_cpu(
         z.data_ptr(),
@@ -103,7 +124,7 @@ def _cpu(z: torch.Tensor, codebook: torch.Tensor, table: torch.Tensor, tau: floa
         bias.data_ptr(),
         table.data_ptr(),
         *(*z.shape[:1], *codebook.shape, table.shape[1]),
-        (1.0 if distance == "inner_product" else 2.0) / tau,
+        scale,
         out.data_ptr(),
     )
     return out

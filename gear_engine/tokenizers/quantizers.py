@@ -21,8 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from gear_engine.errors import InvalidRequestError
-from gear_engine.ops import backends
-from gear_engine.ops.codebook_quantize import Metric, codebook_quantize
+from gear_engine.ops.codebook_quantize import Metric, hard_indices
 from gear_engine.tokenizers.losses import entropy_loss
 
 __all__ = [
@@ -33,16 +32,6 @@ __all__ = [
     "to_grid",
     "to_rows",
 ]
-
-#: Rows per block where the reference backend would otherwise materialise an [N, K] array.
-_BLOCK_ROWS = 4096
-
-
-def _hard_indices(rows: torch.Tensor, codebook: torch.Tensor, metric: Metric) -> torch.Tensor:
-    """Indices [N] of the nearest codes, without an [N, K] array whichever backend runs."""
-    backend = backends.resolve("codebook_quantize", rows.device, rows.dtype).backend
-    block = _BLOCK_ROWS if backend == "reference" else rows.shape[0]
-    return torch.cat([codebook_quantize(part, codebook, metric)[0] for part in torch.split(rows, block)])
 
 
 def to_rows(z: torch.Tensor) -> torch.Tensor:
@@ -182,7 +171,7 @@ class VectorQuantizer(Quantizer):
             indices = torch.argmin(distance, dim=1)
         else:
             metric: Metric = "l2_normalized" if self.l2_norm else "l2"
-            indices = _hard_indices(to_rows(z).detach(), self.embedding.weight.detach(), metric)
+            indices = hard_indices(to_rows(z).detach(), self.embedding.weight.detach(), metric)
         selected = codebook[indices]
         vq_loss = commit_loss = entropy = None
         if self.training:
@@ -221,7 +210,7 @@ class IndexBackpropQuantizer(Quantizer):
             # Of the probabilities, not the logits: officially, codes whose probabilities round alike are a tie.
             indices = F.softmax(logits, dim=1).argmax(dim=1)
         else:
-            indices = _hard_indices(rows.detach(), weight.detach(), "inner_product")
+            indices = hard_indices(rows.detach(), weight.detach(), "inner_product")
         selected = weight[indices]
         quant = selected
         if needs_grad:
