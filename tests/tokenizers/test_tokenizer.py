@@ -154,7 +154,7 @@ def test_soft_readout_sends_gradients_to_the_encoder(tokenizer: Tokenizer) -> No
 def test_large_batches_are_quantized_in_blocks_alike(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     z = torch.randn(2, tokenizer.config.codebook_embed_dim, 5, 7)
     expected = tokenizer.quantize(z)[2][2]
-    monkeypatch.setattr("gear_engine.tokenizers.quantizers._BLOCK_ROWS", 9)
+    monkeypatch.setattr("gear_engine.ops.codebook_quantize._BLOCK_ROWS", 9)
     assert torch.equal(tokenizer.quantize(z)[2][2], expected)
     assert torch.equal(tokenizer.quantize(z, return_distance=True)[2][2], expected)
 
