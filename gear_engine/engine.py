@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gear_engine.cuda_graph import CaptureCost
 from gear_engine.errors import ConfigError, InvalidRequestError, NumericalError
 from gear_engine.kv_cache import StaticKVCache
 from gear_engine.memory import available_bytes, check_fits, engine_plan
@@ -15,12 +16,11 @@ from gear_engine.models.transformer import Transformer
 from gear_engine.models.weights import GeneratorWeights
 from gear_engine.ops import GeneratorOps
 from gear_engine.ops.skinny_linear import PackKind
-from gear_engine.prefixes import PrefixEncoder, caption_condition, check_conditions, label_rows
+from gear_engine.prefixes import caption_condition, check_conditions
 from gear_engine.request import ImageRequest, RngMode, SamplingParams, check_length, check_source
-from gear_engine.rows import RowTensors
-from gear_engine.runner import decode_step, prefill
-from gear_engine.sampler import FiniteWatch, Noise, TorchNoise
+from gear_engine.sampler import Noise, TorchNoise
 from gear_engine.scheduler import ScheduledBatch, Scheduler
+from gear_engine.step_program import Execution, make_steps
 
 __all__ = ["Engine", "FinishedImage"]
 
@@ -56,6 +56,7 @@ class Engine:
         weight_format: pack the linear weights (a copy): ``"bf16"``, or ``"int8"`` with one scale per output row. None
             packs only where that changes no number: bfloat16 on the compiled CPU kernels.
         memory_budget: bytes that the engine may allocate; None means what the device has available.
+        execution: how decode steps run, see :mod:`gear_engine.step_program`; no choice changes a token.
 
     Raises:
         ConfigError: the module is in training mode, or a number is out of range.
@@ -73,6 +74,7 @@ class Engine:
         max_new_tokens: int | None = None,
         weight_format: PackKind | None = None,
         memory_budget: int | None = None,
+        execution: Execution = "auto",
     ) -> None:
         weights = _weights_of(generator)
         config = self.config = weights.config
@@ -100,9 +102,8 @@ class Engine:
         hint = f"lower max_images, the images at a time (now {max_images}), or choose a smaller dtype"
         check_fits(plan, available, hint)
         self.cache = StaticKVCache(config, 2 * max_images, self.max_new_tokens, self.dtype, self.device)
-        self._tokens = torch.zeros(2 * max_images, self.max_new_tokens, dtype=torch.int64, device=self.device)
-        self._prefixes = PrefixEncoder()
-        self._watch = FiniteWatch(self.device)
+        self._steps = make_steps(execution, config, self.ops, self.cache)
+        self._tokens = self._steps.tokens
         self._weights: GeneratorWeights | None = None
         self.bind(weights)
         self.reset()
@@ -115,6 +116,7 @@ class Engine:
         if self.scheduler.num_unfinished:
             raise ConfigError(f"{self.scheduler.num_unfinished} images are in flight: finish or reset() first")
         self.invalidate()
+        self._steps.unbind()
         self._weights = None
         if generator is not None:
             weights = _weights_of(generator)
@@ -127,17 +129,26 @@ class Engine:
     def invalidate(self) -> None:
         """Forgets what was computed from the weights: to be called when they have changed in place.
         Copied weights (another dtype, or packed) are read again by :meth:`bind` only."""
-        self._prefixes.forget()
+        self._steps.prefixes.forget()
+
+    def warm_up(self, rng: RngMode = "philox") -> None:
+        """Prepares all that later calls may need, where decoding runs by programs: every bucket is captured now.
+
+        Raises OutOfMemoryError if the graphs do not fit.
+        """
+        with torch.inference_mode():
+            self._steps.prepare(self.weights, with_noise=rng == "torch")
+
+    @property
+    def capture_cost(self) -> CaptureCost:
+        """Seconds and device memory that captured graphs have taken so far."""
+        return self._steps.cost
 
     def reset(self) -> None:
         """Drops every request, waiting or in flight."""
         self.scheduler.clear()
         self._finished: list[FinishedImage] = []
-        self._rows: RowTensors | None = None
-        if self._watch.broken():
-            # Entries that a mask hides are multiplied by a weight of 0, which does not hide a NaN.
-            self.cache.kv.zero_()
-            self._watch.clear()
+        self._steps.reset()
 
     @property
     def weights(self) -> GeneratorWeights:
@@ -206,13 +217,15 @@ class Engine:
             images = [self.scheduler.add(*each, total) for each in zip(conditions, every, keys, strict=True)]
             row_of = {image.request_id: row for row, image in enumerate(images)}
             steps = -(-batch // self.max_images) * total
-            for step in range(steps):
-                for finished in self._step(noise):
+            step = 0
+            while self.num_unfinished:
+                for finished in self._step(noise, 1 if callback is not None else total):
                     out[row_of[finished.request_id]] = finished.tokens
                 if callback is not None:
                     for image in self.scheduler.running:
                         out[row_of[image.request_id], image.drawn - 1] = self._tokens[image.cond_slot, image.drawn - 1]
                     callback(step, steps, out)
+                    step += 1
         finally:
             # Nothing is left after a complete run; after an exception the unfinished images go.
             if noise is not None:
@@ -227,65 +240,27 @@ class Engine:
         """
         return self._step(None)
 
-    def _step(self, noise: Noise | None) -> list[FinishedImage]:
+    def _step(self, noise: Noise | None, limit: int = 1) -> list[FinishedImage]:
+        """Up to ``limit`` tokens for every image in flight, as long as nobody joins or leaves."""
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-            for batch in self.scheduler.schedule():
-                rows = self._row_tensors(batch, noise)
-                rows.noise.begin(rows.table, self.config.vocab_size, self.device)
-                logits, positions = self._prefill(batch, rows) if batch.is_prefill else self._decode(batch, rows)
-                tokens = rows.noise.sample(self.ops, logits, rows.table, positions)
-                self._record(batch, rows, positions, tokens, logits)
+            batches = self.scheduler.schedule()
+            for batch in batches:
+                if batch.is_prefill:
+                    self._steps.prefill(self.weights, batch, noise)
+                    self._advance(batch, 1)
+                else:
+                    # Images that start now join the others in the next step.
+                    alike = limit if len(batches) == 1 else 1
+                    self._advance(batch, self._steps.decode(self.weights, batch, noise, alike))
         finished, self._finished = self._finished, []
         return finished
 
-    def _row_tensors(self, batch: ScheduledBatch, noise: Noise | None) -> RowTensors:
-        if self._rows is None or self._rows.version != batch.version:
-            self._rows = RowTensors.build(batch, noise, self.config.vocab_size, self.device)
-        return self._rows
-
-    def _prefill(self, batch: ScheduledBatch, rows: RowTensors) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (R, V) of image token 0, and the positions (B,) that they are for."""
-        guided = [image.uncond_slot is not None for image in batch.images]
-        conditions = [image.condition for image in batch.images]
-        first = torch.zeros_like(rows.cond_slots)
-        if self.config.conditioning == "class":
-            prefixes = label_rows(conditions, sum(guided), self.weights)
-            return prefill(self.weights, self.ops, self.cache, rows.slots, prefixes), first
-        state = self._prefixes.captions(self.weights, self.ops, conditions, guided)
-        self.cache.write_prefix(rows.slots, state.values, state.bias)
-        return state.logits, first
-
-    def _decode(self, batch: ScheduledBatch, rows: RowTensors) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (R, V) of every image's next token, and the positions (B,) that they are for."""
-        positions = rows.positions(batch)  # [R], of the tokens to be drawn
-        fed = positions - 1
-        logits = decode_step(
-            self.weights,
-            self.ops,
-            self.cache,
-            rows.slots,
-            fed,
-            self._tokens[rows.images, fed],
-            first_slot=rows.first_slot,
-            position=batch.images[0].drawn - 1 if rows.in_step else None,
-        )
-        return logits, positions[: len(batch.images)]
-
-    def _record(
-        self,
-        batch: ScheduledBatch,
-        rows: RowTensors,
-        positions: torch.Tensor,
-        tokens: torch.Tensor,
-        logits: torch.Tensor,
-    ) -> None:
-        """Stores the drawn tokens; images that are complete leave."""
-        self._tokens[rows.cond_slots, positions] = tokens
-        self._watch.see(logits)
-        if any(image.drawn + 1 == image.total for image in batch.images) and self._watch.broken():
+    def _advance(self, batch: ScheduledBatch, steps: int) -> None:
+        """Counts the drawn tokens; images that are complete leave."""
+        if any(image.drawn + steps == image.total for image in batch.images) and self._steps.watch.broken():
             self.reset()
             raise NumericalError(f"the model's logits are not finite in {self.dtype}; try float32 or other weights")
-        for image in self.scheduler.advance(batch):
+        for image in self.scheduler.advance(batch, steps):
             # Drawn inside inference mode; a clone made outside can be used by autograd.
             with torch.inference_mode(False):
                 drawn = self._tokens[image.cond_slot, : image.total].to(torch.int32)

@@ -77,17 +77,20 @@ class SamplingParams:
     def uses_guidance(self) -> bool:
         return self.cfg_scale > 1.0
 
-    def guided_at(self, position: int) -> bool:
-        """Whether the draw of image token ``position`` (0-based) mixes in the unconditional logits.
+    @property
+    def guided_tokens(self) -> float:
+        """How many leading image tokens are drawn with guidance: 0, a whole number, or infinity.
 
-        The token at ``position`` 0 comes from the prefill and always uses guidance; ``position`` t >= 1 comes from
-        decode step t - 1.
+        The first token comes from the prefill and always uses guidance if there is any; token t >= 1 comes from decode
+        step t - 1.
         """
         if not self.uses_guidance:
-            return False
-        if position == 0 or not self.cfg_interval > -1:
-            return True
-        return position - 1 <= self.cfg_interval
+            return 0
+        return math.floor(self.cfg_interval) + 2 if self.cfg_interval > -1 else math.inf
+
+    def guided_at(self, position: int) -> bool:
+        """Whether the draw of image token ``position`` (0-based) mixes in the unconditional logits."""
+        return position < self.guided_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

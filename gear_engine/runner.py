@@ -171,9 +171,9 @@ def decode_step(
     """One image token per row through the model, its keys and values into the cache.
 
     Args:
-        slots: int64 (R,), distinct.
+        slots: int64 (R,), distinct, or -1 for inert rows: nothing is written for them, their logits mean nothing.
         positions: int64 (R,): image-token index t of the tokens given.
-        tokens: int64 (R,): the tokens at those positions.
+        tokens: int64 (R,): the tokens at those positions; any token for an inert row.
         first_slot, position: hints from the host, as in :mod:`gear_engine.ops.decode_attention`.
 
     Returns:

@@ -11,6 +11,7 @@ import torch
 
 from gear_engine.ops import GeneratorOps
 from gear_engine.ops.sample_tokens import SamplingTable
+from gear_engine.request import SamplingParams
 
 __all__ = ["FiniteWatch", "Noise", "PhiloxNoise", "TorchNoise"]
 
@@ -35,7 +36,7 @@ class Noise(Protocol):
 
 
 def _draws(table: SamplingTable) -> bool:
-    return any(params.sample_logits for params in table.params)
+    return table.params is None or any(params.sample_logits for params in table.params)
 
 
 class TorchNoise:
@@ -59,7 +60,7 @@ class TorchNoise:
             return
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="gear_engine-noise")
-        self._begun = self._thread.submit(self._draw, len(table.params), vocab_size, device)
+        self._begun = self._thread.submit(self._draw, table.images, vocab_size, device)
 
     def _draw(self, images: int, vocab_size: int, device: torch.device) -> torch.Tensor:
         return torch.empty(images, vocab_size, device=device).exponential_(1, generator=self._generator)
@@ -72,8 +73,13 @@ class TorchNoise:
             begun, self._begun = self._begun, None
             noise = begun.result()
         elif _draws(table):
-            noise = self._draw(len(table.params), logits.shape[1], logits.device)
+            noise = self._draw(table.images, logits.shape[1], logits.device)
         return ops.sample_tokens(logits, table, noise=noise)
+
+    def fill(self, out: torch.Tensor, params: Sequence[SamplingParams]) -> None:
+        """Draws one step's noise into ``out`` (B, V), contiguous; nothing if only argmaxes are taken."""
+        if any(each.sample_logits for each in params):
+            out.exponential_(1, generator=self._generator)
 
     def close(self) -> None:
         """Returns when no draw is under way: from then on the generator moves no more. A step that failed counts."""
@@ -100,19 +106,20 @@ class PhiloxNoise:
 class FiniteWatch:
     """Notices logits that are not finite in any row of any step, without waiting for the device at every step.
 
-    A sum of finite fp32 logits is finite, and a sum that is not stays so.
+    A sum of finite fp32 logits is finite, and a sum that is not stays so. It has one place on the device, so that a
+    captured step can add to it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._sum = torch.zeros((), device=device)
 
-    def see(self, logits: torch.Tensor) -> None:
-        """Takes in one step's logits (R, V)."""
-        self._sum = self._sum + logits.sum()
+    def see(self, logits: torch.Tensor, live: torch.Tensor | None = None) -> None:
+        """Takes in one step's logits (R, V); only the rows that are ``live`` (bool (R,)), if that is given."""
+        self._sum.add_(logits.sum() if live is None else torch.where(live, logits.sum(dim=1), 0).sum())
 
     def broken(self) -> bool:
         """Whether a number seen since :meth:`clear` was not finite; waits for the device."""
         return not math.isfinite(self._sum.item())
 
     def clear(self) -> None:
-        self._sum = torch.zeros_like(self._sum)
+        self._sum.zero_()

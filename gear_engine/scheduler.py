@@ -50,6 +50,12 @@ class ScheduledImage:
     def finished(self) -> bool:
         return self.drawn >= self.total
 
+    @property
+    def steps_alike(self) -> int:
+        """Steps until this image's rows change: its last token is drawn, or its guidance ends."""
+        left = self.total - self.drawn
+        return int(min(left, self.params.guided_tokens - self.drawn)) if self.guided else left
+
 
 @dataclass(frozen=True)
 class ScheduledBatch:
@@ -147,11 +153,12 @@ class Scheduler:
             self._decoding = self._batch(images, is_prefill=False)
         return self._decoding
 
-    def advance(self, batch: ScheduledBatch) -> list[ScheduledImage]:
-        """Counts one drawn token for every image of ``batch``; returns those that are finished, their slots freed."""
+    def advance(self, batch: ScheduledBatch, steps: int = 1) -> list[ScheduledImage]:
+        """Counts ``steps`` drawn tokens for every image of ``batch``, whose rows stay the same meanwhile; returns the
+        images that are finished, their slots freed."""
         finished = []
         for image in batch.images:
-            image.drawn += 1
+            image.drawn += steps
             if image.finished:
                 self.running.remove(image)
                 finished.append(image)

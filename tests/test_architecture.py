@@ -18,14 +18,16 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS: tuple[frozenset[str], ...] = (
     # Kernels import nothing from above; ops loads a Triton kernel by name when it is chosen.
     frozenset({"errors", "_C", "triton_kernels"}),
-    frozenset({"caption_cleaning", "config", "files", "hub", "request"}),
+    frozenset({"caption_cleaning", "config", "cuda_graph", "files", "hub", "request"}),
     frozenset({"scheduler"}),
-    frozenset({"ops"}),
-    frozenset({"models", "metrics", "text_encoders"}),
+    frozenset({"ops", "segments"}),
+    frozenset({"models", "metrics", "row_table", "text_encoders"}),
     frozenset({"kv_cache"}),
     frozenset({"memory", "sampler"}),
     frozenset({"runner", "rows"}),
-    frozenset({"cuda_graph", "prefixes", "tokenizers"}),
+    frozenset({"prefixes", "tokenizers"}),
+    frozenset({"steps"}),
+    frozenset({"step_program"}),
     frozenset({"checkpoint"}),
     frozenset({"engine"}),
     frozenset({"foreign_modules", "runs"}),
@@ -38,7 +40,7 @@ FLOORS: tuple[frozenset[str], ...] = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 #: Rooms that plan or describe, and so know no device.
-WITHOUT_TORCH = frozenset({"errors", "config", "request", "scheduler"})
+WITHOUT_TORCH = frozenset({"errors", "config", "request", "scheduler", "segments"})
 #: Modules of ops/ that are no op.
 OPS_HELPERS = frozenset({"__init__", "backends", "native", "triton_backend"})
 #: Functions that several kernels share, with a reference and a test of their own but no backend to choose.

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-CHUNK: tl.constexpr = 64
+CHUNK: tl.constexpr = tl.constexpr(64)
 
 
 @triton.jit
@@ -56,6 +56,11 @@ def _decode_attention_kernel(
     slot = tl.load(slots + row)
     t = tl.load(positions + row)
     lane = tl.arange(0, LANES)
+    if slot < 0:  # an inert row: zeros out, nothing read or written
+        for h in tl.static_range(group):
+            nothing = tl.zeros([LANES], dtype=out.dtype.element_ty)
+            tl.store(out + (row * N_HEAD + kv_head * group + h) * HEAD_DIM + lane, nothing, mask=lane < HEAD_DIM)
+        return
     valid = lane < HEAD_DIM
     row_qkv = qkv + row.to(tl.int64) * stride_qkv
     row_rope = rope + t * HEAD_DIM

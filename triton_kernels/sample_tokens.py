@@ -41,14 +41,20 @@ def _sample_kernel(
     top_k,
     top_p,
     greedy,
+    draws,
     out,
     vocab_size,
     stride_logits,
     HAS_NOISE: tl.constexpr,
+    HAS_DRAWS: tl.constexpr,
     ANY_TOP_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     image = tl.program_id(0)
+    if HAS_DRAWS:  # noqa: SIM102 (decided at compile time, unlike the inner one)
+        if tl.load(draws + image) == 0:
+            tl.store(out + image, tl.zeros([], dtype=tl.int64))
+            return
     token = tl.arange(0, BLOCK)
     live = token < vocab_size
     lowest = float("-inf")
@@ -117,12 +123,12 @@ def sample_tokens(
     positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launches the kernel; the arguments were checked by :func:`gear_engine.ops.sample_tokens.sample_tokens`."""
-    images = len(table.params)
+    images = table.images
     vocab_size = logits.shape[1]
     if logits.stride(-1) != 1:
         raise ValueError("the last dimension of the logits must be contiguous")
     if noise is None and (seeds is None or positions is None):
-        if not all(not p.sample_logits for p in table.params):
+        if table.params is None or any(p.sample_logits for p in table.params):
             raise ValueError("an image that is drawn needs noise, or a seed and a position")
         seeds = positions = torch.zeros(images, dtype=torch.int64, device=logits.device)
     out = torch.empty(images, dtype=torch.int64, device=logits.device)
@@ -138,11 +144,13 @@ def sample_tokens(
         table.top_k,
         table.top_p,
         table.greedy,
+        table.greedy if table.draws is None else table.draws,
         out,
         vocab_size,
         logits.stride(0),
         HAS_NOISE=noise is not None,
-        ANY_TOP_P=any(p.top_p < 1 for p in table.params),
+        HAS_DRAWS=table.draws is not None,
+        ANY_TOP_P=table.params is None or any(p.top_p < 1 for p in table.params),
         BLOCK=block,
         num_warps=16 if block >= 8192 else 4,
         enable_fp_fusion=False,

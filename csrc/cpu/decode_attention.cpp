@@ -175,6 +175,11 @@ template <class T>
 void attend_group(const DecodeAttention& call, std::int64_t row, std::int64_t kv_head) {
   const std::int64_t d = call.head_dim, slot = call.slots[row], position = call.positions[row];
   const std::int64_t dim = call.n_head * d, group = call.n_head / call.n_kv_head;
+  if (slot == kInertSlot) {
+    T* out = static_cast<T*>(call.out) + row * dim + kv_head * group * d;
+    for (std::int64_t i = 0; i < group * d; ++i) out[i] = from_float<T>(0.0f);
+    return;
+  }
   const T* qkv = static_cast<const T*>(call.qkv) + row * call.qkv_stride;
   const float* rope = call.rope + position * d;
   const std::int64_t base = slot * call.slot_stride + kv_head * call.head_stride;

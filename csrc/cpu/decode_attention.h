@@ -8,6 +8,9 @@
 
 namespace gear {
 
+// The slot of a row that takes no part: nothing is read or written for it, its output is zero.
+constexpr std::int64_t kInertSlot = -1;
+
 // One call. `dtype` is that of qkv, both caches and out; strides are in elements, a head's last dimension is
 // contiguous.
 struct DecodeAttention {
@@ -20,7 +23,7 @@ struct DecodeAttention {
   std::int64_t num_slots, num_entries;  // of the caches
   std::int64_t slot_stride, head_stride, entry_stride;
   const float* prefix_bias;       // (num_slots)
-  const std::int64_t* slots;      // (rows)
+  const std::int64_t* slots;      // (rows), kInertSlot for a row that takes no part
   const std::int64_t* positions;  // (rows)
   const float* rope;              // (block_size, head_dim / 2, 2)
   void* out;                      // (rows, n_head * head_dim)

@@ -6,6 +6,7 @@ namespace gear::cpu {
 
 void attend(const DecodeAttention& call) {
   for (std::int64_t row = 0; row < call.rows; ++row) {
+    if (call.slots[row] == kInertSlot) continue;
     if (call.slots[row] < 0 || call.slots[row] >= call.num_slots) throw std::out_of_range("a slot is not in the cache");
     if (call.positions[row] < 0 || call.positions[row] + 1 >= call.num_entries)
       throw std::out_of_range("a position is not in the cache");

@@ -20,6 +20,7 @@ struct SampleTokens {
   const float* noise;             // (images, vocab_size), or null for Philox
   const std::int64_t* seeds;      // Philox only
   const std::int64_t* positions;  // Philox only
+  const bool* draws;              // images that draw; the others get token 0. Null: all
   std::int64_t* tokens;           // out
 };
 
@@ -30,7 +31,7 @@ void sample(const SampleTokens& call);
 void sample_tokens(std::int64_t images, std::int64_t vocab_size, const float* logits, const std::int64_t* uncond_rows,
                    const float* cfg_scale, const float* temperature, const std::int64_t* top_k, const float* top_p,
                    const bool* greedy, const float* noise, const std::int64_t* seeds, const std::int64_t* positions,
-                   std::int64_t* tokens);
+                   const bool* draws, std::int64_t* tokens);
 
 // q[0 … vocab_size) of one (seed, position).
 void philox_noise(std::int64_t seed, std::int64_t position, std::int64_t vocab_size, float* q);

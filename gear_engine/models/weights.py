@@ -171,6 +171,14 @@ class GeneratorWeights:
                 if getattr(part, name) is not None:
                     yield name, getattr(part, name)
 
+    def addresses(self) -> list[int]:
+        """Where every weight lies: as long as that stays, what was captured over these weights may be replayed."""
+        found = []
+        for _, weight in self._named():
+            parts = (weight,) if isinstance(weight, torch.Tensor) else (weight.data, weight.scales)
+            found += [part.data_ptr() for part in parts if part is not None]
+        return found
+
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""

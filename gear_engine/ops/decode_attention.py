@@ -13,6 +13,9 @@ A prefix token's key is zero in these models (its rows of the RoPE table are), s
 them weigh as much as one entry with logit log n and the mean of their values. ``prefix_bias`` = log n is -inf when
 there is no valid prefix token: the entry then has weight 0 (its value must still be finite).
 
+A row with slot -1 is inert: it takes no part, nothing is read or written for it, and its output is zero. Its position
+is not looked at.
+
 Source: RoPE as in GEAR ``models/llamagen.py``; softmax in fp32.
 """
 
@@ -55,7 +58,7 @@ def decode_attention(
         k_cache, v_cache: (num_slots, n_kv_head, S, head_dim) views of one layer's cache, last dimension contiguous;
             written at entry 1 + t. Prefix keys are never read.
         prefix_bias: fp32 (num_slots,): log of the number of valid prefix tokens, -inf if there is none.
-        slots: int64 (R,), distinct.
+        slots: int64 (R,), distinct, or -1 for inert rows.
         positions: int64 (R,), image-token index t of each row, 1 + t < S.
         rope: fp32 (block_size, head_dim / 2, 2), (cos, sin) of every image-token position.
         n_head: number of query heads.
@@ -115,6 +118,13 @@ def reference(
     _, n_kv_head, _, head_dim = k_cache.shape
     rows = qkv.shape[0]
     if first_slot is None or position is None:
+        live = slots >= 0
+        if not bool(live.all()):
+            out = qkv.new_zeros(rows, n_head * head_dim)
+            if bool(live.any()):
+                some = (slots[live], positions[live], rope, n_head)
+                out[live] = reference(qkv[live], k_cache, v_cache, prefix_bias, *some)
+            return out
         first_slot, position, last = _host_layout(slots, positions)
     else:
         last = position

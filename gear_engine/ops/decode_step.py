@@ -92,9 +92,9 @@ def decode_step(
         cache: keys and values are written at entry 1 + t of each row's slot.
         n_head: number of query heads.
         norm_eps: epsilon of every RMSNorm.
-        slots: int64 (R,), distinct.
+        slots: int64 (R,), distinct, or -1 for inert rows: nothing is written for them, their logits mean nothing.
         positions: int64 (R,): image-token index t of the tokens given.
-        tokens: int64 (R,), in [0, vocab_size).
+        tokens: int64 (R,), in [0, vocab_size), for inert rows too.
         backend: as in :func:`gear_engine.ops.backends.resolve`.
 
     Returns:

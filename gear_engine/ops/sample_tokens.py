@@ -10,6 +10,7 @@ For image b with conditional logits c = logits[b], in fp32 and in this order:
 5. p = softmax(l);  token = argmax p if greedy[b], otherwise argmax_v p_v / q_v;  the lowest index on ties
 
 q is exponential noise: given (``noise``), or Philox's for (seed, position) as in :mod:`gear_engine.ops.philox`.
+An image with draws[b] = false takes no part: its token is 0, whatever its logits hold.
 ``torch.multinomial(p, 1)`` is step 5 with q = ``empty_like(p).exponential_(1)`` from the same generator.
 
 Source: GEAR ``models/generate.py``.
@@ -40,10 +41,13 @@ class SamplingTable:
         top_k: int64 (B,), in [1, V]; V keeps all.
         top_p: fp32 (B,), in (0, 1]; 1 keeps all.
         greedy: bool (B,).
-        rows: number of rows of the logits: B plus one per guided image.
-        params: the settings that the tensors were made of, one per image.
+        rows: number of rows of the logits: B plus one per guided image; B where unconditional rows are images that do
+            not draw.
+        params: the settings that the tensors were made of, one per image; None where the host does not know them, as
+            in a step that is captured once and replayed with other settings.
         paired: every image is guided and ``uncond_rows`` is ``B + arange(B)``.
         uniform: the settings, if all images share them: products with a scalar then round as the official ones do.
+        draws: bool (B,): whether an image draws; None means that all do.
     """
 
     cfg_scale: torch.Tensor
@@ -53,9 +57,15 @@ class SamplingTable:
     top_p: torch.Tensor
     greedy: torch.Tensor
     rows: int
-    params: tuple[SamplingParams, ...]
+    params: tuple[SamplingParams, ...] | None
     paired: bool
     uniform: SamplingParams | None
+    draws: torch.Tensor | None = None
+
+    @property
+    def images(self) -> int:
+        """B."""
+        return self.cfg_scale.shape[0]
 
     @classmethod
     def build(
@@ -108,12 +118,12 @@ def sample_tokens(
     Raises:
         ValueError: a shape or dtype does not fit, or there is no source of noise for an image that needs it.
     """
-    images = len(table.params)
+    images = table.images
     if logits.dim() != 2 or logits.shape[0] != table.rows or logits.dtype != torch.float32:
         raise ValueError(f"logits must be fp32 ({table.rows}, V), not {logits.dtype} {tuple(logits.shape)}")
     if noise is not None and noise.shape != (images, logits.shape[1]):
         raise ValueError(f"noise {tuple(noise.shape)} must be ({images}, {logits.shape[1]})")
-    if noise is None and any(p.sample_logits for p in table.params):
+    if noise is None and (table.params is None or any(p.sample_logits for p in table.params)):
         for name, index in (("seeds", seeds), ("positions", positions)):
             if index is None or index.shape != (images,) or index.dtype != torch.int64:
                 raise ValueError(f"{name} must be int64 ({images},) when no noise is given")
@@ -124,9 +134,9 @@ def sample_tokens(
 
 def guide(logits: torch.Tensor, table: SamplingTable) -> torch.Tensor:
     """Step 1: (B, V). May return a view of ``logits``, which it never writes."""
-    images = len(table.params)
+    images = table.images
     cond = logits[:images]
-    if table.rows == images:
+    if table.params is not None and table.rows == images:
         return cond
     scale = table.uniform.cfg_scale if table.uniform else table.cfg_scale[:, None]
     if table.paired:
@@ -139,13 +149,17 @@ def guide(logits: torch.Tensor, table: SamplingTable) -> torch.Tensor:
 def filter_logits(logits: torch.Tensor, table: SamplingTable) -> torch.Tensor:
     """Steps 3 and 4: dropped tokens become -inf. Returns ``logits`` itself when nothing is to be dropped."""
     vocab_size = logits.shape[1]
-    top_k = [min(p.top_k, vocab_size) or vocab_size for p in table.params]
+    if table.params is None:
+        top_k, any_top_p = [1, vocab_size], True
+    else:
+        top_k = [min(p.top_k, vocab_size) or vocab_size for p in table.params]
+        any_top_p = min(p.top_p for p in table.params) < 1
     if min(top_k) < vocab_size:
-        largest = max(k for k in top_k if k < vocab_size)
+        largest = vocab_size if table.params is None else max(k for k in top_k if k < vocab_size)
         values = torch.topk(logits, largest).values  # [B, k], descending
         threshold = values.gather(1, (table.top_k[:, None] - 1).clamp(max=largest - 1))  # [B, 1]
         logits = logits.masked_fill((logits < threshold) & (table.top_k[:, None] < vocab_size), float("-inf"))
-    if min(p.top_p for p in table.params) < 1:
+    if any_top_p:
         in_order, order = torch.sort(logits, descending=True)
         total = torch.cumsum(F.softmax(in_order, dim=-1), dim=-1)
         over = (total > table.top_p[:, None]) & (table.top_p[:, None] < 1)
@@ -171,17 +185,18 @@ def reference(
     elif uniform.temperature != 1:
         scores = scores / max(uniform.temperature, 1e-5)
     probabilities = F.softmax(filter_logits(scores, table), dim=-1)
-    greedy = [not p.sample_logits for p in table.params]
-    if all(greedy):
-        return probabilities.argmax(dim=-1)
-    if noise is None:
-        if seeds is None or positions is None:
-            raise ValueError("an image that is drawn needs noise, or a seed and a position")
-        noise = philox.reference(seeds, positions, logits.shape[1])
-    raced = probabilities / noise
-    if any(greedy):
-        raced = torch.where(table.greedy[:, None], probabilities, raced)
-    return raced.argmax(dim=-1)
+    greedy = None if table.params is None else [not p.sample_logits for p in table.params]
+    raced = probabilities
+    if greedy is None or not all(greedy):
+        if noise is None:
+            if seeds is None or positions is None:
+                raise ValueError("an image that is drawn needs noise, or a seed and a position")
+            noise = philox.reference(seeds, positions, logits.shape[1])
+        raced = probabilities / noise
+        if greedy is None or any(greedy):
+            raced = torch.where(table.greedy[:, None], probabilities, raced)
+    tokens = raced.argmax(dim=-1)
+    return tokens if table.draws is None else torch.where(table.draws, tokens, 0)
 
 
 def _cpu(
@@ -200,7 +215,7 @@ def _cpu(
     within about 1e-6 of top_p may fall on the other side.
     """
     logits = logits.contiguous()
-    images = len(table.params)
+    images = table.images
     out = torch.empty(images, dtype=torch.int64)
     noise = None if noise is None else noise.contiguous()
     seeds = None if seeds is None else seeds.contiguous()
@@ -209,7 +224,8 @@ def _cpu(
         images, logits.shape[1], logits.data_ptr(), table.uncond_rows.data_ptr(), table.cfg_scale.data_ptr(),
         table.temperature.data_ptr(), table.top_k.data_ptr(), table.top_p.data_ptr(), table.greedy.data_ptr(),
         0 if noise is None else noise.data_ptr(), 0 if seeds is None else seeds.data_ptr(),
-        0 if positions is None else positions.data_ptr(), out.data_ptr(),
+        0 if positions is None else positions.data_ptr(), 0 if table.draws is None else table.draws.data_ptr(),
+        out.data_ptr(),
     )  # fmt: skip
     return out
 

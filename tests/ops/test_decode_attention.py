@@ -119,6 +119,26 @@ def test_writes_its_own_entry_only(name: str) -> None:
     assert not torch.equal(case.kv[written], before[written])
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("slots", [[5, -1, 3], [-1, 0, 1], [-1, -1, -1]])
+def test_inert_rows_take_no_part(slots: list[int], backend: str) -> None:
+    """Zeros out, nothing written, whatever their position and input are; the other rows do not notice."""
+    case = Case(slots, [4, 7, 20])
+    case.positions[[slot < 0 for slot in slots]] = 10**9
+    case.qkv[[slot < 0 for slot in slots]] = math.nan
+    before = case.kv.clone()
+    out = case.run(backend)
+    live = [row for row, slot in enumerate(slots) if slot >= 0]
+    written = torch.zeros_like(before, dtype=torch.bool)
+    if live:
+        others = Case([slots[row] for row in live], [int(case.positions[row]) for row in live])
+        others.kv, others.qkv = before.clone(), case.qkv[live]
+        assert torch.equal(others.run(backend), out[live])
+        written[:, others.slots, :, others.positions + 1] = True
+    assert torch.equal(case.kv[~written], before[~written])
+    assert not out[[row for row in range(3) if row not in live]].any()
+
+
 def test_hints_change_nothing() -> None:
     case = Case(*CASES["lockstep"])
     assert torch.equal(case.run(first_slot=0, position=11), case.run())

@@ -11,6 +11,7 @@ import torch
 from gear_engine.ops import philox
 from gear_engine.ops import sample_tokens as op
 from gear_engine.request import SamplingParams
+from tests.ops.sampling_tables import table_of_rows
 
 CPU = torch.device("cpu")
 P = SamplingParams
@@ -176,3 +177,36 @@ def test_bad_operands() -> None:
         op.sample_tokens(logits, table, noise=torch.ones(1, 8))
     with pytest.raises(ValueError, match="seeds"):
         op.sample_tokens(logits, table)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("noise_given", [True, False])
+def test_a_table_that_the_host_does_not_know(backend: str, noise_given: bool) -> None:
+    """As in a captured step: a row per row of logits, and settings on the device only. The same tokens."""
+    table = _table(MIXED, 97)
+    images, rows = table.images, table.rows
+    for trial in range(5):
+        logits, _ = _rows(MIXED, 97)
+        noise = torch.empty(rows, 97).exponential_()
+        sources = {"seeds": torch.arange(rows) + trial, "positions": 3 * torch.arange(rows)}
+        known = {name: value[:images] for name, value in sources.items()}
+        if noise_given:
+            sources, known = {"noise": noise}, {"noise": noise[:images]}
+        expected = op.sample_tokens(logits, table, **known, backend=backend)
+        tokens = op.sample_tokens(logits, table_of_rows(table), **sources, backend=backend)
+        assert torch.equal(tokens[:images], expected)
+        assert not tokens[images:].any(), "rows that do not draw get token 0"
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_rows_that_do_not_draw_may_hold_anything(backend: str) -> None:
+    table = table_of_rows(_table([P(), P()], 33))
+    assert table.draws is not None
+    table.draws[1] = False
+    logits = torch.randn(2, 33)
+    logits[1] = math.nan
+    seeds = positions = torch.tensor([1, 2])
+    tokens = op.sample_tokens(logits, table, seeds=seeds, positions=positions, backend=backend)
+    assert tokens[1] == 0
+    with pytest.raises(ValueError, match="seeds"):
+        op.sample_tokens(logits, table, backend=backend)

@@ -10,6 +10,7 @@ from gear_engine.ops.backends import resolve
 from gear_engine.ops.sample_tokens import SamplingTable
 from gear_engine.request import SamplingParams
 from tests.golden_weights import relative_error
+from tests.ops.sampling_tables import table_of_rows
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -69,6 +70,22 @@ def test_decode_attention(
     assert torch.equal(cache[untouched], expected_cache[untouched])
 
 
+def test_decode_attention_leaves_inert_rows_alone() -> None:
+    slots, positions = torch.tensor([2, -1, 0], device=DEVICE), torch.tensor([5, 10**6, 0], device=DEVICE)
+    qkv = torch.randn(3, 8 * 12, device=DEVICE)
+    qkv[1] = float("nan")
+    cache, rope = torch.randn(2, 3, 2, 8, 12, device=DEVICE), torch.randn(8, 6, 2, device=DEVICE)
+    cache[0, :, :, 0] = 0
+    expected_cache, bias = cache.clone(), torch.zeros(3, device=DEVICE)
+    args = (bias, slots, positions, rope, 4)
+    expected = decode_attention.reference(qkv, expected_cache[0], expected_cache[1], *args)
+    out = decode_attention.decode_attention(qkv, cache[0], cache[1], *args, backend="triton")
+    assert relative_error(out, expected) <= 2e-6
+    assert not out[1].any()
+    assert relative_error(cache, expected_cache) <= 2e-6
+    assert torch.equal(cache[:, 1], expected_cache[:, 1])
+
+
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize(("rows", "in_features", "out_features"), [(2, 100, 70), (17, 256, 33), (1, 48, 1)])
 def test_skinny_linear(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
@@ -108,6 +125,20 @@ def test_sample_tokens(vocab_size: int, noise_given: bool) -> None:
             source = {"noise": torch.empty(len(SETTINGS), vocab_size, device=DEVICE).exponential_()}
         expected = sample_tokens.reference(logits, table, **source)
         assert torch.equal(sample_tokens.sample_tokens(logits, table, **source, backend="triton"), expected)
+
+
+def test_sample_tokens_from_a_table_that_the_host_does_not_know() -> None:
+    table = SamplingTable.build(SETTINGS, [p.uses_guidance for p in SETTINGS], 203, DEVICE)
+    logits = torch.randn(table.rows, 203, device=DEVICE)
+    seeds = torch.arange(table.rows, device=DEVICE)
+    positions = seeds + 7
+    images = len(SETTINGS)
+    expected = sample_tokens.reference(logits, table, seeds=seeds[:images], positions=positions[:images])
+    blind = table_of_rows(table)
+    for backend in ("triton", "reference"):
+        tokens = sample_tokens.sample_tokens(logits, blind, seeds=seeds, positions=positions, backend=backend)
+        assert torch.equal(tokens[:images], expected), backend
+        assert not tokens[images:].any()
 
 
 def test_top_k_keeps_all_ties() -> None:

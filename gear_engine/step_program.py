@@ -1,0 +1,217 @@
+"""Decoding by programs: one step per bucket of rows, prepared once and replayed for whole rollouts.
+
+A :class:`StepProgram` reads everything that changes from buffers that stay where they are: the row table
+(:mod:`gear_engine.row_table`), a step counter that the step itself increments, the token table that it reads the last
+tokens from and writes the drawn ones to, and under ``rng="torch"`` the noise. The host plans segments
+(:mod:`gear_engine.segments`), sends a row table where one begins, and launches; it reads no token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+import torch
+
+from gear_engine.config import GeneratorConfig
+from gear_engine.cuda_graph import CaptureCost, EagerLauncher, Executor, GraphLauncher, Launcher, StagingRing
+from gear_engine.errors import BackendUnavailableError, ConfigError
+from gear_engine.kv_cache import StaticKVCache
+from gear_engine.models.weights import GeneratorWeights
+from gear_engine.ops import GeneratorOps
+from gear_engine.row_table import RowTable
+from gear_engine.runner import decode_step
+from gear_engine.sampler import FiniteWatch, Noise, TorchNoise
+from gear_engine.scheduler import ScheduledBatch
+from gear_engine.segments import Segment, TableRow, buckets, plan_segment
+from gear_engine.steps import Steps
+
+__all__ = ["Execution", "ProgramSteps", "StepBuffers", "StepProgram", "make_steps"]
+
+#: How decode steps run. ``"direct"``: op by op, on exactly the rows there are. ``"eager"``: the programs of this
+#: module, called. ``"graph"``: the same programs, captured. ``"auto"``: graphs where they can be captured, else direct.
+Execution = Literal["auto", "direct", "eager", "graph"]
+
+#: Backends whose ops launch kernels and read nothing on the host.
+_CAPTURABLE: Final = ("cuda", "triton")
+
+
+@dataclass
+class StepBuffers:
+    """What the programs of one engine share.
+
+    Attributes:
+        table: the rows, up to two per image.
+        counter: int64 (): steps run so far.
+        tokens: int64 (num_slots + 1, max_tokens), see :class:`~gear_engine.steps.Steps`.
+        watch: sees the logits of live rows.
+        noise: fp32 (rows, V) under ``rng="torch"``: row r's exponential noise; None before it is first asked for.
+    """
+
+    table: RowTable
+    counter: torch.Tensor
+    tokens: torch.Tensor
+    watch: FiniteWatch
+    noise: torch.Tensor | None = None
+
+
+class StepProgram:
+    """One decode step of the first ``rows`` rows of the table; a function of no arguments.
+
+    Inert rows cost their share of the products and change nothing.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        weights: GeneratorWeights,
+        ops: GeneratorOps,
+        cache: StaticKVCache,
+        buffers: StepBuffers,
+        *,
+        with_noise: bool,
+    ) -> None:
+        self.rows = rows
+        self._weights, self._ops, self._cache, self._buffers = weights, ops, cache, buffers
+        self._sampling = buffers.table.sampling(rows)
+        self._noise = buffers.noise[:rows] if with_noise and buffers.noise is not None else None
+
+    def __call__(self) -> None:
+        buffers, table, rows = self._buffers, self._buffers.table, self.rows
+        slots = table.slots[:rows]
+        live = slots >= 0  # [R]
+        fed = torch.where(live, table.bases[:rows] + buffers.counter, 0)  # [R], image-token index
+        tokens = buffers.tokens[table.image_slots[:rows], fed]
+        logits = decode_step(self._weights, self._ops, self._cache, slots, fed, tokens)  # [R, V]
+        drawn = fed + 1
+        buffers.tokens[table.draw_slots[:rows], drawn] = self._ops.sample_tokens(
+            logits, self._sampling, noise=self._noise, seeds=table.seeds[:rows], positions=drawn
+        )
+        buffers.watch.see(logits, live)
+        buffers.counter.add_(1)
+
+
+class ProgramSteps(Steps):
+    """Decoding by programs; prefixes as in :class:`Steps`.
+
+    Args:
+        launcher: how programs are prepared: called, or captured.
+    """
+
+    def __init__(self, config: GeneratorConfig, ops: GeneratorOps, cache: StaticKVCache, launcher: Launcher) -> None:
+        super().__init__(config, ops, cache)
+        self.max_rows = cache.num_slots
+        self._launcher = launcher
+        self._staging = StagingRing(RowTable.nbytes(self.max_rows), self.device)
+        self._staged = [RowTable(self.max_rows, torch.device("cpu"), buffer) for buffer in self._staging.buffers]
+        self._buffers = StepBuffers(
+            RowTable(self.max_rows, self.device),
+            torch.zeros((), dtype=torch.int64, device=self.device),
+            self.tokens,
+            self.watch,
+        )
+        self._launched = 0
+        self._programs: dict[tuple[int, bool], Executor] = {}
+        self._weights: GeneratorWeights | None = None
+        self._addresses: list[int] = []
+        self._sent: tuple[int, int] | None = None
+
+    @property
+    def cost(self) -> CaptureCost:
+        """Seconds and memory of all programs there are."""
+        return sum((program.cost for program in self._programs.values()), CaptureCost())
+
+    @property
+    def num_programs(self) -> int:
+        return len(self._programs)
+
+    def reset(self) -> None:
+        super().reset()
+        self._sent = None
+
+    def unbind(self) -> None:
+        self._weights = None
+        if self._launcher.warmups == 0:
+            # A program that is called refers to the weights; a captured one only to their addresses.
+            self._programs.clear()
+
+    def prepare(self, weights: GeneratorWeights, *, with_noise: bool) -> None:
+        """Prepares the programs of all buckets."""
+        for bucket in buckets(self.max_rows):
+            self._program(weights, bucket, with_noise)
+
+    def decode(self, weights: GeneratorWeights, batch: ScheduledBatch, noise: Noise | None, limit: int) -> int:
+        """Up to ``limit`` tokens of every image, as long as the rows stay the same."""
+        segment = plan_segment(batch, self.max_rows, limit)
+        torch_noise = noise if isinstance(noise, TorchNoise) else None
+        try:
+            program = self._program(weights, segment.bucket, torch_noise is not None)
+            self._send(batch.version, segment)
+            for _ in range(segment.steps):
+                if torch_noise is not None and self._buffers.noise is not None:
+                    torch_noise.fill(self._buffers.noise[: segment.images], [row.params for row in segment.rows])
+                program.run()
+                self._launched += 1
+        except BaseException:
+            # Whether the last launch counts is unknown: the device knows.
+            self._sent = None
+            self._launched = int(self._buffers.counter)
+            raise
+        return segment.steps
+
+    def _send(self, version: int, segment: Segment) -> None:
+        """Sends the rows' table, unless the device has it: the same rows, as far on as the counter is."""
+        sent = (version, segment.rows[0].position - self._launched)
+        if self._sent != sent:
+            self._send_rows(segment.rows)
+            self._sent = sent
+
+    def _send_rows(self, rows: Sequence[TableRow]) -> None:
+        self._staged[self._staging.acquire()].fill(rows, self._launched, self.config.vocab_size)
+        self._staging.send(self._buffers.table.buffer)
+
+    def _program(self, weights: GeneratorWeights, bucket: int, with_noise: bool) -> Executor:
+        if weights is not self._weights:
+            addresses = weights.addresses()
+            if addresses != self._addresses:
+                self._programs.clear()
+            self._weights, self._addresses = weights, addresses
+        key = (bucket, with_noise)
+        if key not in self._programs:
+            if with_noise and self._buffers.noise is None:
+                self._buffers.noise = torch.ones(self.max_rows, self.config.vocab_size, device=self.device)
+            program = StepProgram(bucket, weights, self.ops, self.cache, self._buffers, with_noise=with_noise)
+            self._sent = None
+            if self._launcher.warmups:
+                # The step runs for real before it is captured: on inert rows that changes only the counter.
+                self._send_rows(())
+            self._programs[key] = self._launcher.prepare(program)
+            self._launched += self._launcher.warmups
+        return self._programs[key]
+
+
+def make_steps(execution: Execution, config: GeneratorConfig, ops: GeneratorOps, cache: StaticKVCache) -> Steps:
+    """What an engine decodes with.
+
+    Raises:
+        ConfigError: there is no such execution.
+        BackendUnavailableError: ``"graph"`` without a CUDA device, or with ops that read device numbers on the host.
+    """
+    if execution not in get_args(Execution):
+        raise ConfigError(f"execution must be one of {', '.join(get_args(Execution))}, not {execution!r}")
+    reason = _why_not_captured(ops, cache.device)
+    if execution == "auto":
+        execution = "direct" if reason is not None else "graph"
+    if execution == "graph" and reason is not None:
+        raise BackendUnavailableError(f"execution='graph' cannot be used: {reason}")
+    if execution == "direct" or cache.max_tokens == 1:
+        return Steps(config, ops, cache)
+    return ProgramSteps(config, ops, cache, EagerLauncher() if execution == "eager" else GraphLauncher(cache.device))
+
+
+def _why_not_captured(ops: GeneratorOps, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"graphs are captured on CUDA devices, not on {device}"
+    others = [f"{op} by {name!r}" for op, name in ops.backends.items() if name not in _CAPTURABLE]
+    return f"graphs hold ops of the backends {', '.join(_CAPTURABLE)}, not {', '.join(others)}" if others else None

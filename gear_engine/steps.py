@@ -1,0 +1,104 @@
+"""A scheduled batch through the model, one token per image: the buffers of one engine and what runs on them."""
+
+from __future__ import annotations
+
+import torch
+
+from gear_engine.config import GeneratorConfig
+from gear_engine.cuda_graph import CaptureCost
+from gear_engine.kv_cache import StaticKVCache
+from gear_engine.models.weights import GeneratorWeights
+from gear_engine.ops import GeneratorOps
+from gear_engine.prefixes import PrefixEncoder, label_rows
+from gear_engine.rows import RowTensors
+from gear_engine.runner import decode_step, prefill
+from gear_engine.sampler import FiniteWatch, Noise
+from gear_engine.scheduler import ScheduledBatch
+
+__all__ = ["Steps"]
+
+
+class Steps:
+    """Runs batches on exactly their rows, by one call per op.
+
+    Attributes:
+        cache: keys and values.
+        tokens: int64 (num_slots + 1, max_tokens): the tokens drawn, by the slot of an image's conditional row. The last
+            row belongs to no slot.
+        watch: sees all logits.
+    """
+
+    def __init__(self, config: GeneratorConfig, ops: GeneratorOps, cache: StaticKVCache) -> None:
+        self.config = config
+        self.ops = ops
+        self.cache = cache
+        self.device = cache.device
+        self.tokens = torch.zeros(cache.num_slots + 1, max(cache.max_tokens, 2), dtype=torch.int64, device=self.device)
+        self.watch = FiniteWatch(self.device)
+        self.prefixes = PrefixEncoder()
+        self._rows: RowTensors | None = None
+
+    def reset(self) -> None:
+        """Forgets the rows; clears the cache if numbers in it may not be finite."""
+        self._rows = None
+        if self.watch.broken():
+            # Entries that a mask hides are multiplied by a weight of 0, which does not hide a NaN.
+            self.cache.kv.zero_()
+            self.watch.clear()
+
+    def unbind(self) -> None:
+        """Lets go of the weights."""
+
+    def prepare(self, weights: GeneratorWeights, *, with_noise: bool) -> None:
+        """Prepares what later steps may need; ``with_noise``: under ``rng="torch"``."""
+
+    @property
+    def cost(self) -> CaptureCost:
+        """Seconds and device memory that preparing has taken."""
+        return CaptureCost()
+
+    def prefill(self, weights: GeneratorWeights, batch: ScheduledBatch, noise: Noise | None) -> None:
+        """Starts the images of ``batch``: their prefixes, and image token 0."""
+        rows = self._row_tensors(batch, noise)
+        rows.noise.begin(rows.table, self.config.vocab_size, self.device)
+        logits = self._prefix_logits(weights, batch, rows)
+        self._draw(rows, logits, torch.zeros_like(rows.cond_slots))
+
+    def decode(self, weights: GeneratorWeights, batch: ScheduledBatch, noise: Noise | None, limit: int) -> int:
+        """The next token of every image of ``batch``; returns the number of steps made, at most ``limit``."""
+        rows = self._row_tensors(batch, noise)
+        rows.noise.begin(rows.table, self.config.vocab_size, self.device)
+        positions = rows.positions(batch)  # [R], of the tokens to be drawn
+        fed = positions - 1
+        logits = decode_step(
+            weights,
+            self.ops,
+            self.cache,
+            rows.slots,
+            fed,
+            self.tokens[rows.images, fed],
+            first_slot=rows.first_slot,
+            position=batch.images[0].drawn - 1 if rows.in_step else None,
+        )
+        self._draw(rows, logits, positions[: len(batch.images)])
+        return 1
+
+    def _row_tensors(self, batch: ScheduledBatch, noise: Noise | None) -> RowTensors:
+        if self._rows is None or self._rows.version != batch.version:
+            self._rows = RowTensors.build(batch, noise, self.config.vocab_size, self.device)
+        return self._rows
+
+    def _prefix_logits(self, weights: GeneratorWeights, batch: ScheduledBatch, rows: RowTensors) -> torch.Tensor:
+        """Logits (R, V) of image token 0."""
+        guided = [image.uncond_slot is not None for image in batch.images]
+        conditions = [image.condition for image in batch.images]
+        if self.config.conditioning == "class":
+            return prefill(weights, self.ops, self.cache, rows.slots, label_rows(conditions, sum(guided), weights))
+        state = self.prefixes.captions(weights, self.ops, conditions, guided)
+        self.cache.write_prefix(rows.slots, state.values, state.bias)
+        return state.logits
+
+    def _draw(self, rows: RowTensors, logits: torch.Tensor, positions: torch.Tensor) -> None:
+        """Draws and keeps the tokens at ``positions`` (B,)."""
+        self.tokens[rows.cond_slots, positions] = rows.noise.sample(self.ops, logits, rows.table, positions)
+        self.watch.see(logits)
