@@ -115,7 +115,7 @@ def test_an_absent_prefix_is_never_read_into_the_sum() -> None:
 def test_slots_and_positions_are_checked_before_anything_is_written() -> None:
     case = Case.make(2, 16, 1, 1, 10, torch.float32, 0)
     before = case.keys.clone()
-    for slots, positions, what in (([0, 2], [1, 1], "slot"), ([0, -1], [1, 1], "slot"), ([0, 1], [1, 9], "position")):
+    for slots, positions, what in (([0, 2], [1, 1], "slot"), ([0, -2], [1, 1], "slot"), ([0, 1], [1, 9], "position")):
         with pytest.raises(IndexError, match=what):
             decode_attention(
                 case.qkv, case.keys, case.values, case.bias, torch.tensor(slots), torch.tensor(positions), case.rope, 1,
