@@ -15,6 +15,7 @@ from gear_engine.models.condition import Condition
 from gear_engine.models.transformer import Transformer
 from gear_engine.models.weights import GeneratorWeights
 from gear_engine.ops import GeneratorOps
+from gear_engine.ops.decode_attention import FP8
 from gear_engine.ops.skinny_linear import PackKind
 from gear_engine.prefixes import caption_condition, check_conditions
 from gear_engine.request import ImageRequest, RngMode, SamplingParams, check_length, check_source
@@ -57,6 +58,8 @@ class Engine:
             packs only where that changes no number: bfloat16 on the compiled CPU kernels.
         memory_budget: bytes that the engine may allocate; None means what the device has available.
         execution: how decode steps run, see :mod:`gear_engine.step_program`; no choice changes a token.
+        cache_dtype: of keys and values; None means ``dtype``. ``torch.float8_e4m3fn`` takes half of bf16's memory and
+            changes tokens; see :class:`StaticKVCache`.
 
     Raises:
         ConfigError: the module is in training mode, or a number is out of range.
@@ -75,6 +78,7 @@ class Engine:
         weight_format: PackKind | None = None,
         memory_budget: int | None = None,
         execution: Execution = "auto",
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         weights = _weights_of(generator)
         config = self.config = weights.config
@@ -82,12 +86,15 @@ class Engine:
         self.device = weights.device
         if self.dtype not in _DTYPES:
             raise ConfigError(f"an engine computes in float32, bfloat16 or float16, not in {self.dtype}")
+        if cache_dtype not in (None, self.dtype, FP8):
+            raise ConfigError(f"a cache holds {self.dtype} (the engine's dtype) or {FP8}, not {cache_dtype}")
+        cache_dtype = cache_dtype or self.dtype
         self.max_new_tokens = config.block_size if max_new_tokens is None else max_new_tokens
         if not (isinstance(self.max_new_tokens, int) and 1 <= self.max_new_tokens <= config.block_size):
             raise ConfigError(f"max_new_tokens {max_new_tokens} must lie in [1, block_size = {config.block_size}]")
         self.max_images = max_images
         self.scheduler = Scheduler(max_images)
-        self.ops = GeneratorOps.resolve(self.device, self.dtype, backend)
+        self.ops = GeneratorOps.resolve(self.device, self.dtype, backend, cache_dtype)
         if weight_format is None and (self.dtype, self.ops.backends["skinny_linear"]) == (torch.bfloat16, "cpu"):
             weight_format = "bf16"
         self.weight_format = weight_format
@@ -96,12 +103,13 @@ class Engine:
             num_slots=2 * max_images,
             max_tokens=self.max_new_tokens,
             dtype=self.dtype,
+            cache_dtype=cache_dtype,
             weight_bytes=weights.nbytes_as(self.dtype, self.weight_format),
         )
         available = available_bytes(self.device) if memory_budget is None else memory_budget
         hint = f"lower max_images, the images at a time (now {max_images}), or choose a smaller dtype"
         check_fits(plan, available, hint)
-        self.cache = StaticKVCache(config, 2 * max_images, self.max_new_tokens, self.dtype, self.device)
+        self.cache = StaticKVCache(config, 2 * max_images, self.max_new_tokens, cache_dtype, self.device)
         self._steps = make_steps(execution, config, self.ops, self.cache)
         self._tokens = self._steps.tokens
         self._weights: GeneratorWeights | None = None

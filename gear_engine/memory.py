@@ -96,20 +96,27 @@ def check_fits(plan: Mapping[str, int], available: int | None, hint: str) -> Non
 
 
 def engine_plan(
-    config: GeneratorConfig, *, num_slots: int, max_tokens: int, dtype: torch.dtype, weight_bytes: int
+    config: GeneratorConfig,
+    *,
+    num_slots: int,
+    max_tokens: int,
+    dtype: torch.dtype,
+    weight_bytes: int,
+    cache_dtype: torch.dtype | None = None,
 ) -> dict[str, int]:
     """Bytes that an engine allocates.
 
     Args:
         num_slots: cache slots, two per image.
         max_tokens: image tokens per slot.
-        dtype: of weights and cache.
+        dtype: of weights and activations.
+        cache_dtype: of keys and values; None means ``dtype``.
         weight_bytes: weights that are copied because their dtype or device changes; 0 if they are read in place.
     """
     widest = max(config.ffn_dim * 3, config.qkv_dim + config.dim * 3)
     return {
         "weights": weight_bytes,
-        "key/value cache": StaticKVCache.nbytes(config, num_slots, max_tokens, dtype),
+        "key/value cache": StaticKVCache.nbytes(config, num_slots, max_tokens, cache_dtype or dtype),
         # Logits, their filtered copy, its order and the noise of every image; one layer's activations.
         "logits": num_slots * config.vocab_size * 4 * 4,
         # One layer's keys and values where rows of scattered slots are gathered, and their scores.

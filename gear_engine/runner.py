@@ -184,7 +184,7 @@ def decode_step(
     if ops.decode_step is not None:
         return ops.decode_step(weights, cache, config.n_head, eps, slots, positions, tokens)
     h = weights.tok_embeddings[tokens]  # [R, dim]
-    for block, (keys, values) in zip(weights.blocks, cache.layers, strict=True):
+    for block, (keys, values), scales in zip(weights.blocks, cache.layers, cache.layer_scales, strict=True):
         qkv = ops.skinny_linear(h, block.wqkv, norm_weight=block.attention_norm, norm_eps=eps)
         attended = ops.decode_attention(
             qkv,
@@ -197,6 +197,7 @@ def decode_step(
             config.n_head,
             first_slot=first_slot,
             position=position,
+            **({} if scales[0] is None else {"k_scale": scales[0], "v_scale": scales[1]}),
         )
         h = ops.skinny_linear(attended, block.wo, residual=h)
         h = _feed_forward(ops, h, block, eps)

@@ -43,7 +43,7 @@ class Steps:
         self._rows = None
         if self.watch.broken():
             # Entries that a mask hides are multiplied by a weight of 0, which does not hide a NaN.
-            self.cache.kv.zero_()
+            self.cache.clear()
             self.watch.clear()
 
     def unbind(self) -> None:

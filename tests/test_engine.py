@@ -20,6 +20,7 @@ from gear_engine.errors import (
     NumericalError,
     OutOfMemoryError,
 )
+from gear_engine.kv_cache import StaticKVCache
 from gear_engine.models.condition import TextCondition
 from gear_engine.request import ImageRequest, SamplingParams
 from tests.models_for_tests import CLASS, NULL_TEXT, TEXT, captions, fresh_model, small_model
@@ -397,6 +398,57 @@ class TestCallback:
         assert engine.num_unfinished == 0
         torch.manual_seed(0)
         assert torch.equal(engine.generate([1, 2], GUIDED, rng=rng), expected)
+
+
+class TestFp8Cache:
+    """An opt-in: keys and values in 8 bits, other tokens."""
+
+    def test_takes_half_of_a_16_bit_cache(self) -> None:
+        sizes = [
+            StaticKVCache.nbytes(CLASS.replace(dim=256), 8, 16, dtype)
+            for dtype in (torch.bfloat16, torch.float8_e4m3fn)
+        ]
+        assert sizes[1] / sizes[0] == pytest.approx(0.5 * (1 + 2 / 64))
+        engine = Engine(small_model(), cache_dtype=torch.float8_e4m3fn)
+        assert engine.cache.dtype == torch.float8_e4m3fn
+        assert engine.ops.backends["decode_attention"] == "reference"
+        assert engine.ops.decode_step is None
+
+    def test_token_agreement_under_equal_noise(self) -> None:
+        """Along the exact tokens: how often the draw from the next logits is the same one."""
+        labels, seeds = list(range(8)), list(range(8))
+        exact = Engine(small_model(), max_images=8, backend="reference").generate(labels, GUIDED, seeds=seeds)
+        agreement = {}
+        for name, options in (("fp8", {"cache_dtype": torch.float8_e4m3fn}), ("bf16", {"dtype": torch.bfloat16})):
+            engine = Engine(small_model(), max_images=8, backend="reference", **options)  # type: ignore[arg-type]
+            draw, equal = engine.ops.sample_tokens, []
+
+            def forced(
+                logits: torch.Tensor, *args: Any, draw: Any = draw, equal: Any = equal, **kw: Any
+            ) -> torch.Tensor:
+                drawn, wanted = draw(logits, *args, **kw), exact[:, len(equal)].long()
+                equal.append((drawn == wanted).float().mean().item())
+                return wanted
+
+            object.__setattr__(engine.ops, "sample_tokens", forced)
+            engine.generate(labels, GUIDED, seeds=seeds)
+            assert equal[0] == 1.0 or name == "bf16", "the first token needs no cache"
+            agreement[name] = sum(equal) / len(equal)
+        assert 0.8 < agreement["fp8"] < 1
+        assert agreement["bf16"] > 0.8
+
+    def test_equal_tokens_in_any_company(self) -> None:
+        options: dict[str, Any] = {"cache_dtype": torch.float8_e4m3fn}
+        together = Engine(small_model(), max_images=3, **options).generate([1, 2, 3], GUIDED, seeds=[4, 5, 6])
+        eager = Engine(small_model(), max_images=3, execution="eager", **options)
+        assert torch.equal(eager.generate([1, 2, 3], GUIDED, seeds=[4, 5, 6]), together)
+        assert torch.equal(eager.generate([2], GUIDED, seeds=[5])[0], together[1])
+
+    def test_other_dtypes_are_refused(self) -> None:
+        with pytest.raises(ConfigError, match="cache holds"):
+            Engine(small_model(), cache_dtype=torch.bfloat16)
+        with pytest.raises(BackendUnavailableError, match="float8_e4m3fn"):
+            Engine(small_model(), cache_dtype=torch.float8_e4m3fn, backend="cpu")
 
 
 def test_an_interrupted_step_can_be_repeated() -> None:

@@ -10,6 +10,7 @@ import torch
 from gear_engine.config import GeneratorConfig
 from gear_engine.errors import ConfigError
 from gear_engine.kv_cache import StaticKVCache
+from gear_engine.ops.decode_attention import dequantize_entries
 from tests.models_for_tests import CLASS
 
 
@@ -18,7 +19,7 @@ def test_layout(max_tokens: int, entries: int) -> None:
     config = CLASS.replace(n_kv_head=2)
     cache = StaticKVCache(config, 3, max_tokens, torch.bfloat16)
     assert cache.kv.shape == (2, 2, 3, 2, entries, 12)
-    assert cache.kv.nbytes == StaticKVCache.nbytes(config, 3, max_tokens, torch.bfloat16)
+    assert cache.kv.untyped_storage().nbytes() == StaticKVCache.nbytes(config, 3, max_tokens, torch.bfloat16)
     keys, values = cache.layers[1]
     assert keys.data_ptr() == cache.kv[1, 0].data_ptr()
     assert values.data_ptr() == cache.kv[1, 1].data_ptr()
@@ -47,6 +48,43 @@ def test_rope_turns_rows_then_columns() -> None:
     # Token 5 is row 1, column 2; frequencies 1 and 10000^(-1/2).
     angles = torch.tensor([1.0, 0.01, 2.0, 0.02])
     assert torch.allclose(rope[5], torch.stack((angles.cos(), angles.sin()), -1))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "stored"),
+    [
+        (72, torch.float32, 72),
+        (100, torch.float32, 100),
+        (100, torch.bfloat16, 104),
+        (72, torch.float16, 72),
+        (100, torch.float8_e4m3fn, 112),
+        (72, torch.float8_e4m3fn, 80),
+        (64, torch.float8_e4m3fn, 64),
+    ],
+)
+def test_heads_start_at_multiples_of_16_bytes(head_dim: int, dtype: torch.dtype, stored: int) -> None:
+    config = CLASS.replace(dim=2 * head_dim, n_head=2, n_kv_head=2)
+    cache = StaticKVCache(config, 3, 16, dtype)
+    assert cache.kv.shape[-1] == head_dim
+    assert cache.kv.stride() == (2 * 3 * 2 * 24 * stored, 3 * 2 * 24 * stored, 2 * 24 * stored, 24 * stored, stored, 1)
+    assert all(stride * dtype.itemsize % 16 == 0 for stride in cache.kv.stride()[:-1])
+    in_memory = cache.kv.untyped_storage().nbytes() + (0 if cache.scales is None else cache.scales.nbytes)
+    assert StaticKVCache.nbytes(config, 3, 16, dtype) == in_memory
+
+
+def test_fp8_prefixes() -> None:
+    cache = StaticKVCache(CLASS, 4, 16, torch.float8_e4m3fn)
+    values = torch.randn(2, 2, 4, 12)
+    values[0, 0, 1] = 0
+    cache.write_prefix(torch.tensor([3, 1]), values, torch.tensor([math.log(5), 0.0]))
+    assert cache.scales is not None
+    for row, slot in enumerate((3, 1)):
+        found = dequantize_entries(cache.kv[:, 1, slot, :, 0], cache.scales[:, 1, slot, :, 0])
+        assert (found - values[:, row]).abs().max() <= values.abs().max() / 16
+    assert not dequantize_entries(cache.kv[:, 0], cache.scales[:, 0]).any(), "prefix keys are zero"
+    cache.clear()
+    assert not cache.kv.float().any()
+    assert not cache.scales.any()
 
 
 def test_bad_sizes() -> None:

@@ -81,7 +81,7 @@ def test_plan_holds_what_is_allocated() -> None:
     plan = memory.engine_plan(
         CLASS, num_slots=6, max_tokens=16, dtype=torch.float16, weight_bytes=weights.nbytes_as(torch.float16)
     )
-    assert plan["key/value cache"] == engine.cache.kv.nbytes
+    assert plan["key/value cache"] == engine.cache.kv.untyped_storage().nbytes()
     assert plan["weights"] == engine.weights.nbytes
     assert weights.nbytes_as(torch.float32) == 0
 

@@ -64,9 +64,16 @@ class GeneratorOps:
 
     @classmethod
     def resolve(
-        cls, device: torch.device, dtype: torch.dtype, backend: str | Mapping[str, str] = "auto"
+        cls,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: str | Mapping[str, str] = "auto",
+        cache_dtype: torch.dtype | None = None,
     ) -> GeneratorOps:
         """The ops of a generator with weights of ``dtype`` on ``device``; logits are always fp32.
+
+        Args:
+            cache_dtype: of keys and values; None means ``dtype``.
 
         Raises:
             BackendUnavailableError: a backend that was asked for by name cannot run here.
@@ -76,9 +83,13 @@ class GeneratorOps:
                 backends.implementations(op)
         found: dict[str, Any] = {}
         chosen: dict[str, str] = {}
-        for op in ("decode_attention", "skinny_linear", "sample_tokens"):
+        main_dtypes = {
+            "decode_attention": cache_dtype or dtype,
+            "skinny_linear": dtype,
+            "sample_tokens": torch.float32,
+        }
+        for op, main_dtype in main_dtypes.items():
             name = backend if isinstance(backend, str) else backend.get(op, "auto")
-            main_dtype = torch.float32 if op == "sample_tokens" else dtype
             implementation = backends.resolve(op, device, main_dtype, name)
             found[op] = implementation.load()
             chosen[op] = implementation.backend

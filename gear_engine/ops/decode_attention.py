@@ -13,6 +13,11 @@ A prefix token's key is zero in these models (its rows of the RoPE table are), s
 them weigh as much as one entry with logit log n and the mean of their values. ``prefix_bias`` = log n is -inf when
 there is no valid prefix token: the entry then has weight 0 (its value must still be finite).
 
+An fp8 cache (``float8_e4m3fn``) holds k and v divided by a scale of their own per row and key/value head, in fp16; they
+are quantized when they are written and multiplied again, in fp32, whenever they are read, the new token's too:
+
+    scale = fp16(max_d |x_d| / 448);   stored_d = e4m3(clamp(x_d / scale, -448, 448)), zeros if the scale is zero
+
 A row with slot -1 is inert: it takes no part, nothing is read or written for it, and its output is zero. Its position
 is not looked at.
 
@@ -21,12 +26,18 @@ Source: RoPE as in GEAR ``models/llamagen.py``; softmax in fp32.
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 import torch
 import torch.nn.functional as F
 
 from gear_engine.ops import backends, native, triton_backend
 
-__all__ = ["decode_attention", "reference", "rotate"]
+__all__ = ["FP8", "decode_attention", "dequantize_entries", "quantize_entries", "reference", "rotate"]
+
+#: dtype of an fp8 cache, and its largest number.
+FP8: Final = torch.float8_e4m3fn
+_FP8_MAX: Final = 448.0
 
 
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
@@ -35,6 +46,21 @@ def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     cos, sin = rope[..., None, :, 0], rope[..., None, :, 1]  # [..., 1, D / 2]
     even, odd = pairs[..., 0], pairs[..., 1]
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+
+
+def quantize_entries(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x`` (..., D) as (fp8 (..., D), fp16 scales (...)), by the module's formula."""
+    wide = x.float()
+    scales = (wide.abs().amax(dim=-1) / _FP8_MAX).to(torch.float16)
+    divisor = torch.where(scales > 0, scales.float(), 1.0)[..., None]
+    # A scale that was rounded down, or to zero, leaves numbers above the largest one.
+    stored = torch.where(scales[..., None] > 0, (wide / divisor).clamp(-_FP8_MAX, _FP8_MAX), 0.0)
+    return stored.to(FP8), scales
+
+
+def dequantize_entries(stored: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """fp32 numbers of what :func:`quantize_entries` returned."""
+    return stored.float() * scales.float()[..., None]
 
 
 def decode_attention(
@@ -47,6 +73,8 @@ def decode_attention(
     rope: torch.Tensor,
     n_head: int,
     *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     first_slot: int | None = None,
     position: int | None = None,
     backend: str = "auto",
@@ -56,12 +84,13 @@ def decode_attention(
     Args:
         qkv: (R, (n_head + 2 n_kv_head) * head_dim), fp32, bf16 or fp16; rows contiguous.
         k_cache, v_cache: (num_slots, n_kv_head, S, head_dim) views of one layer's cache, last dimension contiguous;
-            written at entry 1 + t. Prefix keys are never read.
+            written at entry 1 + t. Of qkv's dtype, or fp8. Prefix keys are never read.
         prefix_bias: fp32 (num_slots,): log of the number of valid prefix tokens, -inf if there is none.
         slots: int64 (R,), distinct, or -1 for inert rows.
         positions: int64 (R,), image-token index t of each row, 1 + t < S.
         rope: fp32 (block_size, head_dim / 2, 2), (cos, sin) of every image-token position.
         n_head: number of query heads.
+        k_scale, v_scale: fp16 (num_slots, n_kv_head, S) of an fp8 cache, written at entry 1 + t.
         first_slot: a hint from the host: ``slots`` is ``first_slot + arange(R)``. Implementations may ignore it.
         position: a hint from the host: all ``positions`` are equal to it. Implementations may ignore it.
         backend: as in :func:`gear_engine.ops.backends.resolve`.
@@ -76,8 +105,14 @@ def decode_attention(
     rows = qkv.shape[0]
     if qkv.shape != (rows, (n_head + 2 * n_kv_head) * head_dim):
         raise ValueError(f"qkv {tuple(qkv.shape)} does not hold {n_head} + 2 * {n_kv_head} heads of {head_dim}")
-    if v_cache.shape != k_cache.shape or v_cache.dtype != qkv.dtype or k_cache.dtype != qkv.dtype:
-        raise ValueError("k_cache and v_cache must have equal shapes and the dtype of qkv")
+    if v_cache.shape != k_cache.shape or v_cache.dtype != k_cache.dtype or k_cache.dtype not in (qkv.dtype, FP8):
+        raise ValueError("k_cache and v_cache must have equal shapes and the dtype of qkv, or fp8")
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if k_cache.dtype != FP8:
+            if scale is not None:
+                raise ValueError(f"{name} goes with an fp8 cache")
+        elif scale is None or scale.shape != k_cache.shape[:3] or scale.dtype != torch.float16:
+            raise ValueError(f"{name} must be fp16 {tuple(k_cache.shape[:3])} for an fp8 cache")
     if k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1 or qkv.stride(-1) != 1:
         raise ValueError("the last dimension of qkv and of the caches must be contiguous")
     if prefix_bias.shape != (num_slots,) or prefix_bias.dtype != torch.float32:
@@ -86,10 +121,10 @@ def decode_attention(
         raise ValueError(f"slots and positions must be int64 ({rows},)")
     if rope.shape[1:] != (head_dim // 2, 2) or rope.dtype != torch.float32:
         raise ValueError(f"rope must be fp32 (block_size, {head_dim // 2}, 2)")
-    run = backends.resolve("decode_attention", qkv.device, qkv.dtype, backend).load()
-    out: torch.Tensor = run(
-        qkv, k_cache, v_cache, prefix_bias, slots, positions, rope, n_head, first_slot=first_slot, position=position
-    )
+    run = backends.resolve("decode_attention", qkv.device, k_cache.dtype, backend).load()
+    scales = {} if k_scale is None else {"k_scale": k_scale, "v_scale": v_scale}
+    operands = (qkv, k_cache, v_cache, prefix_bias, slots, positions, rope, n_head)
+    out: torch.Tensor = run(*operands, first_slot=first_slot, position=position, **scales)
     return out
 
 
@@ -111,6 +146,8 @@ def reference(
     rope: torch.Tensor,
     n_head: int,
     *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     first_slot: int | None = None,
     position: int | None = None,
 ) -> torch.Tensor:
@@ -123,7 +160,7 @@ def reference(
             out = qkv.new_zeros(rows, n_head * head_dim)
             if bool(live.any()):
                 some = (slots[live], positions[live], rope, n_head)
-                out[live] = reference(qkv[live], k_cache, v_cache, prefix_bias, *some)
+                out[live] = reference(qkv[live], k_cache, v_cache, prefix_bias, *some, k_scale=k_scale, v_scale=v_scale)
             return out
         first_slot, position, last = _host_layout(slots, positions)
     else:
@@ -132,28 +169,42 @@ def reference(
     table = rope[positions] if position is None else rope[position]
     q, k = rotate(q, table), rotate(k, table)
 
-    if first_slot is not None:
-        rows_in_cache = slice(first_slot, first_slot + rows)
-        keys, values = k_cache[rows_in_cache, :, : last + 2], v_cache[rows_in_cache, :, : last + 2]  # [R, G, t + 2, D]
-        bias = prefix_bias[rows_in_cache]
+    in_cache = slots if first_slot is None else slice(first_slot, first_slot + rows)
     if first_slot is not None and position is not None:
-        keys[:, :, -1] = k
-        values[:, :, -1] = v
+        entry: tuple[Any, ...] = (in_cache, slice(None), position + 1)
     else:
-        k_cache[slots, :, positions + 1] = k
-        v_cache[slots, :, positions + 1] = v
-    if first_slot is None:
-        keys, values = k_cache[slots, :, : last + 2], v_cache[slots, :, : last + 2]
-        bias = prefix_bias[slots]
+        entry = (slots, slice(None), positions + 1)
+    _store(k_cache, k_scale, entry, k)
+    _store(v_cache, v_scale, entry, v)
+    keys = _load(k_cache, k_scale, in_cache, last + 2)  # [R, G, t + 2, D]
+    values = _load(v_cache, v_scale, in_cache, last + 2)
 
     mask = torch.zeros(rows, 1, 1, last + 2, device=qkv.device)  # [R, 1, 1, t + 2]
     if position is None:
         entries = torch.arange(last + 2, device=qkv.device)
         mask.masked_fill_((entries > positions[:, None] + 1)[:, None, None], float("-inf"))
-    mask[:, 0, 0, 0] = bias
+    mask[:, 0, 0, 0] = prefix_bias[in_cache]
     # The query heads of one key/value head are the query rows of one attention problem.
-    q = q.view(rows, n_kv_head, -1, head_dim)  # [R, G, H / G, D]
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).reshape(rows, -1)
+    q = q.view(rows, n_kv_head, -1, head_dim).to(keys.dtype)  # [R, G, H / G, D]
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).reshape(rows, -1).to(qkv.dtype)
+
+
+def _store(cache: torch.Tensor, scale: torch.Tensor | None, entry: tuple[Any, ...], x: torch.Tensor) -> None:
+    """cache[entry] = x (R, G, D)."""
+    if scale is None:
+        cache[entry] = x
+    else:
+        stored, scale[entry] = quantize_entries(x)
+        # Bytes are copied as bytes: not every device can index 8-bit floats.
+        cache.view(torch.uint8)[entry] = stored.view(torch.uint8)
+
+
+def _load(cache: torch.Tensor, scale: torch.Tensor | None, slots: torch.Tensor | slice, entries: int) -> torch.Tensor:
+    """The first ``entries`` entries of ``slots``: (R, G, entries, D), in fp32 from an fp8 cache."""
+    if scale is None:
+        return cache[slots, :, :entries]
+    stored = cache.view(torch.uint8)[slots, :, :entries].view(FP8)
+    return dequantize_entries(stored, scale[slots, :, :entries])
 
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}

@@ -179,6 +179,72 @@ def test_prefix_entry_stands_for_many_equal_keys() -> None:
     assert (out[0] - expected).abs().max() < 1e-6
 
 
+class TestFp8:
+    def test_numbers(self) -> None:
+        """Within half a step of e4m3 of the row's scale; the largest number is exact to fp16's rounding."""
+        x = torch.randn(40, 3, 20) * torch.logspace(-6, 5, 40)[:, None, None]
+        x[0, 0] = 0
+        stored, scales = op.quantize_entries(x)
+        assert (stored.dtype, scales.dtype) == (torch.float8_e4m3fn, torch.float16)
+        assert bool(torch.isfinite(stored.float()).all())
+        back = op.dequantize_entries(stored, scales)
+        top = x.abs().amax(-1, keepdim=True)
+        normal = top[..., 0] > 448 * 2**-14  # below, fp16 scales lose bits
+        assert ((back - x).abs() <= x.abs() / 16 * 1.001 + top * 2**-18)[normal].all()
+        assert ((back - x).abs() <= top)[~normal].all()
+        assert not back[0, 0].any()
+
+    def test_tiny_numbers_become_zero_and_not_nan(self) -> None:
+        back = op.dequantize_entries(*op.quantize_entries(torch.full((2, 8), 1e-12)))
+        assert not back.any()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("name", CASES)
+    def test_attends_to_what_is_stored(self, name: str, dtype: torch.dtype) -> None:
+        """As over a cache in fp32 that holds the dequantized numbers, its own entry included."""
+        case = Case(*CASES[name], dtype=dtype, n_head=4, n_kv_head=2, head_dim=12)
+        stored, scales = op.quantize_entries(case.kv)
+        args = (case.prefix_bias, case.slots, case.positions, case.rope, case.n_head)
+        before, before_scales = stored.clone(), scales.clone()
+        out = op.decode_attention(case.qkv, stored[0], stored[1], *args, k_scale=scales[0], v_scale=scales[1])
+        where = (slice(None), case.slots, slice(None), case.positions + 1)
+        kept = torch.ones(scales.shape, dtype=torch.bool)
+        kept[where] = False
+        assert torch.equal(stored.view(torch.uint8)[kept], before.view(torch.uint8)[kept])
+        assert torch.equal(scales[kept], before_scales[kept])
+        # Keys are rotated, and rounded to qkv's dtype, before they are stored.
+        heads = case.qkv.view(case.rows, -1, 12)
+        new_k = op.rotate(heads[:, 4:6], case.rope[case.positions])
+        expected_new = torch.stack((new_k, heads[:, 6:8]))  # [2, R, G, D]
+        expected_stored, expected_scales = op.quantize_entries(expected_new)
+        # (kv, slots, :, positions) puts the indexed dimensions first: [R, 2, G, D].
+        assert torch.equal(stored.view(torch.uint8)[where].transpose(0, 1), expected_stored.view(torch.uint8))
+        assert torch.equal(scales[where].transpose(0, 1), expected_scales)
+        exact = op.dequantize_entries(stored, scales)
+        q = op.rotate(heads[:, :4], case.rope[case.positions]).double()
+        for row, (slot, t) in enumerate(zip(case.slots.tolist(), case.positions.tolist(), strict=True)):
+            for h in range(4):
+                keys, values = exact[0, slot, h // 2, : t + 2].double(), exact[1, slot, h // 2, : t + 2].double()
+                scores = keys @ q[row, h] / math.sqrt(12)
+                scores[0] += case.prefix_bias[slot]
+                wanted = scores.softmax(0) @ values
+                found = out[row].view(4, 12)[h].double()
+                assert (found - wanted).abs().max() <= TOLERANCE[dtype] * wanted.abs().max()
+
+    def test_scales_go_with_the_cache(self) -> None:
+        case = Case([0], [0])
+        stored, scales = op.quantize_entries(case.kv)
+        args = (case.prefix_bias, case.slots, case.positions, case.rope, 4)
+        with pytest.raises(ValueError, match="fp16"):
+            op.decode_attention(case.qkv, stored[0], stored[1], *args)
+        with pytest.raises(ValueError, match="fp8 cache"):
+            op.decode_attention(case.qkv, case.kv[0], case.kv[1], *args, k_scale=scales[0], v_scale=scales[1])
+        with pytest.raises(GearError, match="float8_e4m3fn"):
+            op.decode_attention(
+                case.qkv, stored[0], stored[1], *args, k_scale=scales[0], v_scale=scales[1], backend="cpu"
+            )
+
+
 def test_bad_shapes() -> None:
     case = Case([0], [0])
     case.qkv = case.qkv[:, 1:]
