@@ -14,7 +14,7 @@
 #include "cpu/soft_readout.h"
 
 #ifdef GEAR_WITH_CUDA
-#include "cuda/codebook_quantize.h"
+#include "cuda_bindings.h"
 #endif
 
 namespace {
@@ -58,6 +58,6 @@ PYBIND11_MODULE(_C, m) {
   op(m, "soft_readout_cpu", &gear::cpu::soft_readout);
 
 #ifdef GEAR_WITH_CUDA
-  op(m, "codebook_quantize_cuda", &gear::cuda::codebook_quantize);
+  gear::bind_cuda(m);
 #endif
 }

@@ -1,6 +1,8 @@
 // Turns a CUDA error into an exception that names the call; Python sees a RuntimeError.
 #pragma once
 
+#ifndef GEAR_EMULATE_CUDA
+
 #include <cuda_runtime_api.h>
 
 #include <stdexcept>
@@ -12,7 +14,6 @@ inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-// After a launch: bad configurations are reported at once, faults by a later call.
-inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
-
 }  // namespace gear::cuda
+
+#endif

@@ -5,29 +5,9 @@
 
 #include <cstdint>
 
-#include "common/packing.h"
+#include "common/host_device.h"
 
 namespace gear {
-
-GEAR_HD inline std::int32_t float_bits(float x) {
-#if defined(__CUDA_ARCH__)
-  return __float_as_int(x);
-#else
-  std::int32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  return bits;
-#endif
-}
-
-GEAR_HD inline float bits_float(std::int32_t bits) {
-#if defined(__CUDA_ARCH__)
-  return __int_as_float(bits);
-#else
-  float x;
-  __builtin_memcpy(&x, &bits, 4);
-  return x;
-#endif
-}
 
 // u = min((float(bits) + 0.5) 2^-32, 1 - 2^-24)
 GEAR_HD inline float unit_uniform(std::uint32_t bits) {

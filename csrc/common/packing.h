@@ -15,11 +15,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define GEAR_HD __host__ __device__
-#else
-#define GEAR_HD
-#endif
+#include "common/host_device.h"
 
 namespace gear {
 

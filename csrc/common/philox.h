@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "common/packing.h"
+#include "common/host_device.h"
 
 namespace gear {
 

@@ -1,17 +1,16 @@
 // codebook_quantize on a GPU: the exact formula of csrc/cpu/codebook_quantize.h, straightforwardly.
 //
-// State: compiled on every build with a CUDA compiler; it has not been run on hardware yet. No tensor cores and no
+// State: run under the CPU emulation only (tests/csrc/cuda_emulation.h), not on hardware yet. No tensor cores and no
 // register tiling: its purpose is a correct compiled path that a faster one can be compared with.
 //
 // A block owns kRows rows of z in shared memory. Its threads stride over the codes; each keeps the best (score, index)
 // of every row in registers, so nothing of size N x K is stored. A second walk (inner product only) finds the lowest
 // code within the rounding of exp() to 1. A reduction over the block picks the winner, and the block copies its vector.
-#include <cuda_runtime.h>
+#include "cuda/codebook_quantize.h"
 
 #include <cstdint>
 
-#include "common/cuda_check.h"
-#include "cuda/codebook_quantize.h"
+#include "cuda/platform.cuh"
 
 namespace gear::cuda {
 namespace {
@@ -60,7 +59,7 @@ __device__ void products(const float* rows, const float* code, int d, float* dot
 __global__ void __launch_bounds__(kThreads)
     quantize_kernel(const float* z, const float* z2, const float* codebook, const float* e2, int64_t n, int k, int d,
                     bool inner_product, int64_t* indices, float* quantized) {
-  extern __shared__ float rows[];  // [kRows][d]
+  float* rows = dynamic_shared<float>();  // [kRows][d]
   __shared__ Candidate candidates[kThreads];
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
   const int used = static_cast<int>(n - first_row < kRows ? n - first_row : kRows);
@@ -123,9 +122,8 @@ void codebook_quantize(const float* z, const float* z2, const float* codebook, c
   if (n == 0) return;
   const int64_t blocks = (n + kRows - 1) / kRows;
   const size_t shared = static_cast<size_t>(kRows * d) * sizeof(float);  // 16 KiB at d = 512
-  quantize_kernel<<<static_cast<unsigned>(blocks), kThreads, shared, static_cast<cudaStream_t>(stream)>>>(
-      z, z2, codebook, e2, n, static_cast<int>(k), static_cast<int>(d), metric == 1, indices, quantized);
-  check_launch("codebook_quantize");
+  launch("codebook_quantize", {static_cast<unsigned>(blocks), kThreads, shared, stream}, quantize_kernel, z, z2,
+         codebook, e2, n, static_cast<int>(k), static_cast<int>(d), metric == 1, indices, quantized);
 }
 
 }  // namespace gear::cuda

@@ -142,8 +142,8 @@ def _cpu(z: torch.Tensor, codebook: torch.Tensor, metric: Metric) -> tuple[torch
 
 def _cuda(z: torch.Tensor, codebook: torch.Tensor, metric: Metric) -> tuple[torch.Tensor, torch.Tensor]:
     z, z_norm, codebook, code_norm, indices, quantized = _operands(z, codebook, metric)
-    with torch.cuda.device(z.device):
-        native.module().codebook_quantize_cuda(
+    with native.cuda_kernels(z.device) as (kernels, stream):
+        kernels.codebook_quantize_cuda(
             z.data_ptr(),
             z_norm.data_ptr(),
             codebook.data_ptr(),
@@ -152,7 +152,7 @@ def _cuda(z: torch.Tensor, codebook: torch.Tensor, metric: Metric) -> tuple[torc
             int(metric == "inner_product"),
             indices.data_ptr(),
             quantized.data_ptr(),
-            torch.cuda.current_stream().cuda_stream,
+            stream,
         )
     return indices, quantized
 

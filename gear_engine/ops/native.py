@@ -10,12 +10,14 @@ import importlib.util
 import os
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from gear_engine.errors import BackendUnavailableError
 
-__all__ = ["cpu_kernels", "module", "unavailable"]
+__all__ = ["cpu_kernels", "cuda_kernels", "module", "unavailable"]
 
 
 def _load_file(path: str) -> types.ModuleType:
@@ -60,6 +62,13 @@ def cpu_kernels() -> types.ModuleType:
     found = module()
     found.set_num_threads(torch.get_num_threads())
     return found
+
+
+@contextmanager
+def cuda_kernels(device: torch.device) -> Iterator[tuple[types.ModuleType, int]]:
+    """``gear_engine._C`` and the handle of ``device``'s current stream, for calls of CUDA kernels on that device."""
+    with torch.cuda.device(device):
+        yield module(), torch.cuda.current_stream().cuda_stream
 
 
 def unavailable(symbol: str) -> str | None:

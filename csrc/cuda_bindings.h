@@ -1,0 +1,12 @@
+// The CUDA part of the bindings: one line per op, sorted by name. tests/csrc/emulated_module.cpp binds the same
+// functions compiled for the CPU.
+#pragma once
+
+#include "common/bind.h"
+#include "cuda/codebook_quantize.h"
+
+namespace gear {
+
+inline void bind_cuda(pybind11::module_& m) { op(m, "codebook_quantize_cuda", &cuda::codebook_quantize); }
+
+}  // namespace gear

@@ -1,0 +1,43 @@
+"""Every CUDA kernel runs on the CPU under the sanitizers, and a barrier that is missing would be found."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+
+import pytest
+
+from tests import emulation
+
+#: Per kernel file, the code whose next __syncthreads is left out.
+PLANTED = {"codebook_quantize": "best_of_block(Candidate mine"}
+
+
+def run(sanitizer: str, *cases: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    options = {"TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return subprocess.run(
+        [emulation.program(sanitizer), *cases],
+        env=os.environ | options | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_kernels_run_clean(sanitizer: str) -> None:
+    done = run(sanitizer)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert set(emulation.OPS) <= set(re.findall(r"^ok (\w+)$", done.stdout, re.M)), "a kernel without a case"
+
+
+@pytest.mark.parametrize("op", sorted(PLANTED))
+def test_a_missing_barrier_is_found(op: str) -> None:
+    lines = (emulation.ROOT / "csrc" / "cuda" / f"{op}.cu").read_text().splitlines()
+    start = next(number for number, line in enumerate(lines, 1) if PLANTED[op] in line)
+    barrier = next(number for number, line in enumerate(lines, 1) if number > start and "__syncthreads();" in line)
+    done = run("thread", op, GEAR_OMIT_BARRIER=f"{op}.cu:{barrier}")
+    assert done.returncode != 0
+    assert "ThreadSanitizer: data race" in done.stderr
+    assert f"{op}.cu" in done.stderr
