@@ -35,7 +35,7 @@ TORCH_DTYPES: dict[str, tuple[torch.dtype, Any]] = {
     "int8-packed": (torch.float32, "int8"),
 }
 #: Which multiply rate bounds work of a dtype field.
-RATE = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "bf16-packed": "bf16", "int8-packed": "int8"}
+RATE = {"fp32": "fp32", "bf16": "bf16", "fp16": "bf16", "bf16-packed": "bf16", "int8-packed": "int8"}
 #: Largest accepted error of an output against the fp32 reference, max|a - b| / max|b|.
 BOUND = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 5e-3, "bf16-packed": 2e-2, "int8-packed": 5e-2}
 

@@ -26,6 +26,9 @@ __all__ = [
 
 PRESETS = ("quick", "standard", "full")
 Value = str | int | float | bool
+_LARGEST = 2**31 - 1
+#: Whole numbers that count nothing, and so may be 0.
+_FROM_ZERO = frozenset({"position", "top_k"})
 #: Values per field; a case takes one of each.
 Grid = Mapping[str, Sequence[Value]]
 
@@ -189,8 +192,9 @@ def _unknown(kind: str, name: str, known: Iterable[str]) -> InvalidRequestError:
     return InvalidRequestError(f"there is no {kind} {name!r}{hint} There are: {', '.join(known)}".replace("??", "?"))
 
 
-def _convert(text: str, like: Value, where: str) -> Value:
+def _convert(text: str, like: Value, benchmark: str, name: str) -> Value:
     """``text`` as the type that the field's values have."""
+    where = f"{benchmark}, field {name}"
     if isinstance(like, bool):
         if text.lower() in ("true", "yes", "1", "false", "no", "0"):
             return text.lower() in ("true", "yes", "1")
@@ -198,9 +202,13 @@ def _convert(text: str, like: Value, where: str) -> Value:
     if isinstance(like, str):
         return text
     try:
-        return int(text) if isinstance(like, int) else float(text)
+        value = int(text) if isinstance(like, int) else float(text)
     except ValueError:
         raise InvalidRequestError(f"{where}: {text!r} is not a number") from None
+    least = 0 if name in _FROM_ZERO or isinstance(like, float) else 1
+    if not least <= value <= _LARGEST:
+        raise InvalidRequestError(f"{where}: {text} must lie between {least} and {_LARGEST}")
+    return value
 
 
 def select(names: Sequence[str], preset: str, grid: Mapping[str, Sequence[str]], pattern: str | None) -> list[Case]:
@@ -230,7 +238,7 @@ def select(names: Sequence[str], preset: str, grid: Mapping[str, Sequence[str]],
     for benchmark in chosen:
         fields = benchmark.fields
         overrides = {
-            name: [_convert(text, fields[name][0], f"{benchmark.name}, field {name}") for text in texts]
+            name: [_convert(text, fields[name][0], benchmark.name, name) for text in texts]
             for name, texts in grid.items()
             if name in fields
         }

@@ -9,12 +9,19 @@ import torch
 from gear_engine.bench import counts
 from gear_engine.bench.inputs import largest_error, op_work, share_unequal
 from gear_engine.bench.registry import Benchmark, Context, Work, register
+from gear_engine.errors import InvalidRequestError
 
 GROUPS = 32
 
 
+def _divisible(name: str, value: int, by: int) -> None:
+    if value % by:
+        raise InvalidRequestError(f"{name} {value} must be a multiple of {by}")
+
+
 def _sign_bits(params: dict[str, Any], context: Context) -> Work:
     vectors, width, groups = params["vectors"], params["width"], params["groups"]
+    _divisible("width", width, groups)
     counted = counts.sign_bits(vectors, width, groups)
     copies = context.copies(counted.bytes)
     z = torch.randn(copies, vectors, width, generator=context.generator(), device=context.device)
@@ -43,6 +50,7 @@ def _soft_readout(params: dict[str, Any], context: Context) -> Work:
 
 def _group_norm(params: dict[str, Any], context: Context) -> Work:
     edge, channels = params["edge"], params["channels"]
+    _divisible("channels", channels, GROUPS)
     counted = counts.group_norm_silu(edge, channels, GROUPS)
     copies = context.copies(counted.bytes)
     rng = context.generator()
@@ -66,6 +74,7 @@ def _group_norm(params: dict[str, Any], context: Context) -> Work:
 
 def _moments(params: dict[str, Any], context: Context) -> Work:
     edge, channels = params["edge"], params["channels"]
+    _divisible("channels", channels, GROUPS)
     counted = counts.residual_moments(edge, channels, GROUPS)
     copies = context.copies(counted.bytes)
     source = torch.randn(copies, edge, edge, channels, generator=context.generator(), device=context.device)

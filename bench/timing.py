@@ -6,6 +6,7 @@ derived from them (:mod:`gear_engine.report.statistics`).
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -21,9 +22,12 @@ from gear_engine.report.statistics import summarize
 
 __all__ = ["Ceilings", "alternate", "measure_ceilings", "provenance", "render", "write_json"]
 
-#: Larger than any cache that a CPU core or a GPU has to itself.
-_STREAM_BYTES = 256 << 20
-_MATRIX = 1024
+#: Bytes to read, larger than any cache that a core or a GPU has to itself, and edge of the matrices to multiply: on a
+#: GPU large enough that launching is a small share.
+_STREAM_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+_MATRIX = {"cpu": 1024, "cuda": 8192}
+#: Seconds.
+_LONG_PRODUCT = 0.2
 
 
 def _synchronizer(device: torch.device) -> Callable[[], None]:
@@ -79,16 +83,38 @@ class Ceilings:
 def measure_ceilings(device: torch.device | str = "cpu", dtypes: Sequence[str] = ("float32",)) -> Ceilings:
     """The best of a few runs: a ceiling is what the machine can do, not what it does on average.
 
-    Bandwidth: the sum of 256 MiB of int64 (integer, so that no arithmetic limits it). Rate: a square matrix product.
+    Bandwidth: the sum of 256 MiB (a GPU: 2 GiB) of int64, integers so that no arithmetic limits it. Rate: a square
+    matrix product; int8 into int32.
     """
     device = torch.device(device)
-    stream = torch.ones(_STREAM_BYTES // 8, dtype=torch.int64, device=device)
-    calls: dict[str, Callable[[], Any]] = {"read": lambda: stream.sum()}
-    for name in dtypes:
-        matrix = torch.randn(_MATRIX, _MATRIX, device=device).to(getattr(torch, name))
-        calls[name] = lambda matrix=matrix: matrix @ matrix  # type: ignore[misc]
-    best = {name: min(times) for name, times in alternate(calls, device=device, repeats=9, budget=10).items()}
-    return Ceilings(_STREAM_BYTES / best["read"], {name: 2.0 * _MATRIX**3 / best[name] for name in dtypes})
+    size = _STREAM_BYTES[device.type]
+    stream = torch.ones(size // 8, dtype=torch.int64, device=device)
+    bandwidth = size / _shortest(stream.sum, device)
+    return Ceilings(bandwidth, {name: _multiply_rate(device, name) for name in dtypes})
+
+
+def _shortest(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of the fastest of up to nine calls."""
+    return min(alternate({"": call}, device=device, warmup=1, repeats=9, budget=0.5)[""])
+
+
+def _multiply_rate(device: torch.device, dtype: str) -> float:
+    """Operations per second of a square product in ``dtype``.
+
+    A small one is tried first: where a CPU has no instructions for the dtype, a large one takes seconds.
+    """
+    rate = 0.0
+    for edge in (_MATRIX[device.type] // 8, _MATRIX[device.type]):
+        if rate and 2.0 * edge**3 / rate > _LONG_PRODUCT:
+            break
+        if dtype == "int8":
+            matrix = torch.randint(-127, 128, (edge, edge), dtype=torch.int8, device=device)
+            product = functools.partial(torch._int_mm, matrix, matrix)
+        else:
+            matrix = torch.randn(edge, edge, device=device).to(getattr(torch, dtype))
+            product = functools.partial(torch.matmul, matrix, matrix)
+        rate = max(rate, 2.0 * edge**3 / _shortest(product, device))
+    return rate
 
 
 def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:

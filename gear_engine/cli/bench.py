@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ PEERS = ("reference", "compiled", "official", "faiss")
 #: Seconds of sampling per row.
 _CAP = {"quick": 0.8, "standard": 3.0, "full": 5.0}
 _DEFAULT_PEERS = {"quick": "reference,faiss", "standard": "reference,faiss", "full": "reference,compiled,faiss"}
+_MOST_THREADS = 1024
 _SMALLEST_ROTATION, _LARGEST_ROTATION = 64 << 20, 256 << 20
 
 
@@ -55,6 +57,8 @@ def _grid(pairs: list[str]) -> dict[str, list[str]]:
         name, equals, values = pair.partition("=")
         if not (name and equals and values):
             raise InvalidRequestError(f"--grid {pair!r}: say FIELD=VALUE or FIELD=VALUE,VALUE")
+        if name in grid:
+            raise InvalidRequestError(f"--grid: {name!r} stands there twice; say {name}=VALUE,VALUE")
         grid[name] = values.split(",")
     return grid
 
@@ -70,6 +74,28 @@ def _peers(args: argparse.Namespace) -> frozenset[str]:
     elif "official" in peers:
         raise InvalidRequestError("--peers official needs --official with a checkout of the official code")
     return frozenset(peers)
+
+
+def _refuse(args: argparse.Namespace) -> None:
+    """Raises InvalidRequestError for an option out of range: before a run that takes minutes, not after it."""
+    import torch
+
+    from gear_engine.ops import backends
+
+    for name in ("noise_bound", "max_seconds"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise InvalidRequestError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    if args.threads is not None and not 1 <= args.threads <= _MOST_THREADS:
+        raise InvalidRequestError(f"--threads must be at least 1 and at most {_MOST_THREADS}, got {args.threads}")
+    if not 0 <= args.seed < 2**32:
+        raise InvalidRequestError(f"--seed must lie in [0, 2^32), got {args.seed}")
+    known = {"auto"} | {backend for _, backend, _ in backends.table(torch.device("cpu"), torch.float32)}
+    for name in args.backend.split(","):
+        if name not in known:
+            raise InvalidRequestError(f"--backend: there is no backend {name!r}; there are {', '.join(sorted(known))}")
+    if args.out.is_dir() or not args.out.parent.is_dir():
+        raise InvalidRequestError(f"--out {args.out}: say a file in a folder that exists")
 
 
 def _rotation(device: torch.device, preset: str) -> int:
@@ -161,11 +187,8 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         return _list(args)
     cases = select(args.names, args.preset, _grid(args.grid), args.filter)
-    if args.noise_bound <= 0 or (args.max_seconds is not None and args.max_seconds <= 0):
-        raise InvalidRequestError("--noise-bound and --max-seconds must be positive")
+    _refuse(args)
     if args.threads is not None:
-        if args.threads < 1:
-            raise InvalidRequestError(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
     device = pick_device(args.device, World())
     context = Context(

@@ -81,6 +81,8 @@ def _merge(args: argparse.Namespace, paths: list[Path]) -> int:
     if len(paths) < 2:
         raise InvalidRequestError("report merge needs at least two records: the baseline first")
     limit = None if args.fail_over is None else _limit(args.fail_over)
+    if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
+        raise InvalidRequestError(f"--out {args.out}: say a file in a folder that exists")
     comparisons = compare([read_report(path) for path in paths])
     text = comparison_markdown(comparisons)
     if args.out is not None:
@@ -105,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
         return _merge(args, paths)
     if args.fail_over is not None or args.out is not None:
         raise InvalidRequestError("--fail-over and --out belong to `report merge A.json B.json`")
+    if action == "write" and len(paths) > 1 and args.out_dir is not None:
+        raise InvalidRequestError("--out-dir holds one report; write several without it, or one at a time")
     written = []
     for path in paths or [DEFAULT_OUT]:
         report = read_report(path)

@@ -8,23 +8,29 @@ from gear_engine.report.compare import Change, Comparison
 from gear_engine.report.record import Report
 from gear_engine.report.text import COLUMNS, device_lines, percent, row_cells, seconds_text
 
-__all__ = ["comparison_markdown", "report_markdown", "verdict_lines"]
+__all__ = ["cell", "comparison_markdown", "report_markdown", "verdict_lines"]
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+def _plain(text: str) -> str:
+    """Text of a record, in which Markdown then sees no tag, link or code."""
+    return text.replace("<", "&lt;").replace("](", "]\\(").replace("`", "'")
+
+
+def cell(text: str) -> str:
+    """:func:`_plain` inside a table."""
+    return _plain(text).replace("|", "\\|")
 
 
 def _table(columns: Sequence[str], lines: Sequence[Mapping[str, str]], right: frozenset[str] = frozenset()) -> str:
     head = "| " + " | ".join(columns) + " |"
     rule = "| " + " | ".join("---:" if column in right else "---" for column in columns) + " |"
-    body = ["| " + " | ".join(_cell(line[column]) for column in columns) + " |" for line in lines]
+    body = ["| " + " | ".join(cell(line[column]) for column in columns) + " |" for line in lines]
     return "\n".join([head, rule, *body])
 
 
 def report_markdown(report: Report, images: Mapping[str, str]) -> str:
     """The whole report; ``images``: title -> file name of each plot beside it."""
-    parts = [f"# Latency report: {report.device['name']}", ""]
+    parts = [f"# Latency report: {_plain(report.device['name'])}", ""]
     parts += [_table(("", " "), [{"": f"**{what}**", " ": value} for what, value in device_lines(report)]), ""]
     for title, file in images.items():
         parts += [f"![{title}]({file})", ""]
@@ -32,12 +38,14 @@ def report_markdown(report: Report, images: Mapping[str, str]) -> str:
     for name, rows in report.by_benchmark().items():
         cells = [row_cells(row, rows) for row in rows]
         columns = [column for column in COLUMNS if any(cell[column] for cell in cells)]
-        parts += [f"## {name}", "", _table(columns, cells, right), ""]
+        parts += [f"## {_plain(name)}", "", _table(columns, cells, right), ""]
         for row in rows:
             if row.data.get("breakdown"):
-                parts += [f"Where the time goes, {row.implementation}, {row.work}:", "", _breakdown(row.data), ""]
+                title = _plain(f"Where the time goes, {row.implementation}, {row.work}")
+                parts += [f"{title}:", "", _breakdown(row.data), ""]
     if report.data["skipped"]:
-        parts += ["## Not run", "", *(f"- `{entry['id']}`: {entry['reason']}" for entry in report.data["skipped"]), ""]
+        lines = [f"- `{_plain(entry['id'])}`: {_plain(entry['reason'])}" for entry in report.data["skipped"]]
+        parts += ["## Not run", "", *lines, ""]
     return "\n".join(parts)
 
 
@@ -81,7 +89,7 @@ def comparison_markdown(comparisons: Sequence[Comparison]) -> str:
         parts += [f"## Against {_origin(comparison.other)}", ""]
         if not comparison.same_device:
             parts += ["The devices differ: ratios compare devices, not only commits.", ""]
-        parts += [f"- {line}" for line in verdict_lines(comparison)]
+        parts += [f"- {_plain(line)}" for line in verdict_lines(comparison)]
         lines = [
             {
                 "benchmark": change.row.benchmark,
@@ -99,7 +107,7 @@ def comparison_markdown(comparisons: Sequence[Comparison]) -> str:
         parts += ["", _table(tuple(lines[0]), lines, right), ""]
         for what, ids in (("baseline", comparison.only_baseline), ("other", comparison.only_other)):
             if ids:
-                parts += [f"Only in the {what}: {', '.join(ids)}", ""]
+                parts += [_plain(f"Only in the {what}: {', '.join(ids)}"), ""]
     parts.append(
         'The interval covers sampling noise and the number of rows; "machine" is how far control measurements around '
         "the two rows lie apart, by which it is widened; busy: other programs took more than a tenth of the CPU."
@@ -108,4 +116,5 @@ def comparison_markdown(comparisons: Sequence[Comparison]) -> str:
 
 
 def _origin(report: Report) -> str:
-    return f"{report.device['name']}, commit {report.commit}, {report.data['created'].replace('T', ' ')[:16]} UTC"
+    name = _plain(report.device["name"])
+    return f"{name}, commit {report.commit}, {report.data['created'].replace('T', ' ')[:16]} UTC"

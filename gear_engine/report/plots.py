@@ -10,7 +10,7 @@ from typing import Any
 
 from gear_engine.errors import ReportError
 from gear_engine.report.record import Report, Row
-from gear_engine.report.series import Curve, batch_curves, breakdown_rows, floor_rows, timeline_rows
+from gear_engine.report.series import Curve, batch_curves, breakdown_rows, floor_rows, shortened, timeline_rows
 from gear_engine.report.text import percent, seconds_text
 
 __all__ = ["PLOTS", "curve_svgs", "write_pngs"]
@@ -37,6 +37,7 @@ def _pyplot() -> Any:
             "font.family": _FAMILY,
             "font.size": 10,
             "svg.fonttype": "none",
+            "text.parse_math": False,  # a label is what it says, also with two dollar signs in it
             "text.color": _INK,
             "axes.labelcolor": _INK,
             "axes.edgecolor": _RULE,
@@ -81,7 +82,13 @@ def _panel(axes: Any, title: str, curves: list[Curve], ylabel: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel("images per batch")
     axes.set_ylabel(ylabel)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=9, handlelength=1.6)
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.2),
+        ncols=_columns([curve.label for curve in curves], 50),
+        fontsize=9,
+        handlelength=1.6,
+    )
 
 
 def _curves_figure(report: Report, throughput: bool) -> Any | None:
@@ -131,6 +138,11 @@ def _floor_figure(report: Report) -> Any | None:
     return figure
 
 
+def _columns(names: list[str], characters: int) -> int:
+    """Columns of a legend on a line of so many characters; a marker takes five."""
+    return max(1, min(len(names), characters // (5 + max(map(len, names), default=1))))
+
+
 def _stack(axes: Any, place: int, parts: list[tuple[str, float, float]], total: float, colours: dict[str, str]) -> None:
     for name, start, end in parts:
         axes.barh(place, end - start, left=start, color=colours[name], height=0.62, edgecolor=_PAPER, linewidth=0.8)
@@ -159,14 +171,14 @@ def _stacked_figure(title: str, bars: list[tuple[str, list[tuple[str, float, flo
         axis.spines["left"].set_visible(False)
         axis.set_title(f"{label}: {seconds_text(total)}", loc="left", fontsize=9.5)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
-    figure.legend(handles, names, loc="outside lower center", ncols=min(7, len(names)), fontsize=9)
+    figure.legend(handles, names, loc="outside lower center", ncols=_columns(names, 130), fontsize=9)
     figure.suptitle(title, x=0.01, ha="left", fontsize=13)
     return figure
 
 
 def _labelled(row: Row) -> str:
     params = ", ".join(f"{name}={value}" for name, value in row.params.items() if name not in ("position", "tokenizer"))
-    return f"{row.implementation}, {params}"
+    return shortened(f"{row.implementation}, {params}")
 
 
 def _breakdown_figure(report: Report) -> Any | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from gear_engine.errors import ReportError
 
-__all__ = ["check_private", "scrub"]
+__all__ = ["check_private", "leaves", "scrub"]
 
 #: An absolute or home-relative path of at least two components, POSIX or Windows.
 _PATH = re.compile(r"(?<![\w/.:<])(?:~|[A-Za-z]:\\|/(?=[\w.~-]+/))[^\s'\",;:)\]]*")
@@ -40,16 +40,17 @@ def scrub(text: str) -> str:
     return text
 
 
-def _strings(value: Any, where: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
-        yield where, value
-    elif isinstance(value, dict):
+def leaves(value: Any, where: str = "report") -> Iterator[tuple[str, Any]]:
+    """(place, value) of every key, text and number in a record."""
+    if isinstance(value, dict):
         for key, inner in value.items():
             yield f"{where}.{key}", str(key)
-            yield from _strings(inner, f"{where}.{key}")
+            yield from leaves(inner, f"{where}.{key}")
     elif isinstance(value, (list, tuple)):
         for index, inner in enumerate(value):
-            yield from _strings(inner, f"{where}[{index}]")
+            yield from leaves(inner, f"{where}[{index}]")
+    else:
+        yield where, value
 
 
 def check_private(record: dict[str, Any]) -> None:
@@ -58,6 +59,6 @@ def check_private(record: dict[str, Any]) -> None:
     Raises:
         ReportError: names the field, not its content.
     """
-    for where, text in _strings(record, "report"):
-        if scrub(text) != text:
+    for where, text in leaves(record):
+        if isinstance(text, str) and scrub(text) != text:
             raise ReportError(f"{where} holds a path, a host name or a user name; reports must hold none")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -16,7 +17,7 @@ from typing import Any
 
 from gear_engine.errors import ReportError
 from gear_engine.files import write_atomic
-from gear_engine.report.privacy import check_private
+from gear_engine.report.privacy import check_private, leaves
 from gear_engine.report.statistics import Summary, summarize
 
 __all__ = [
@@ -175,11 +176,21 @@ def validate(record: Any, source: str = "report") -> None:
     if problem is not None:
         where = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in problem.absolute_path)
         raise ReportError(f"{source}: report{where}: {problem.message}")
+    _check_leaves(record, source)
     seen: set[str] = set()
     for name in _row_ids(record):
         if name in seen:
             raise ReportError(f"{source} holds the row {name} twice")
         seen.add(name)
+
+
+def _check_leaves(record: dict[str, Any], source: str) -> None:
+    """What a schema cannot say: numbers are finite (JSON may hold 1e999), text is text (no escapes for terminals)."""
+    for where, value in leaves(record):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ReportError(f"{source}: {where}: {value} is not finite")
+        if isinstance(value, str) and not value.isprintable():
+            raise ReportError(f"{source}: the text at {where!r} holds characters that cannot be printed")
 
 
 def _row_ids(record: dict[str, Any]) -> Iterator[str]:
@@ -205,6 +216,8 @@ def read_report(path: Path) -> Report:
         raise ReportError(f"{path} cannot be read: {error}") from error
     except ValueError as error:
         raise ReportError(f"{path} is not complete JSON ({error}); was it truncated?") from error
+    except RecursionError as error:
+        raise ReportError(f"{path} is no gear-engine report: its JSON is nested too deeply") from error
     validate(record, path.name)
     return Report(record, path.name)
 

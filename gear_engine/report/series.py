@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from gear_engine.report.record import Report, Row
 
-__all__ = ["Curve", "batch_curves", "breakdown_rows", "floor_rows", "timeline_rows", "varying"]
+__all__ = ["Curve", "batch_curves", "breakdown_rows", "floor_rows", "shortened", "timeline_rows", "varying"]
 
 #: Benchmarks whose rows are drawn against the number of images, in this order.
 _AGAINST_BATCH = ("decode_step", "rollout", "end_to_end", "decoder", "sample_tokens", "prefill")
 #: Bars beyond these make no readable figure.
 _MOST_FLOORS = 60
+#: Characters of a title or a bar's label, and of a name in a legend; longer ones would leave no room for the plot.
+_LONGEST_LABEL, _LONGEST_NAME = 64, 36
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,10 @@ class Curve:
     values: list[float]
     low: list[float]
     high: list[float]
+
+
+def shortened(label: str, most: int = _LONGEST_LABEL) -> str:
+    return label if len(label) <= most else label[: most - 1] + "…"
 
 
 def varying(rows: list[Row]) -> list[str]:
@@ -43,7 +49,7 @@ def batch_curves(report: Report, throughput: bool) -> list[tuple[str, str, list[
     """(title, label of the vertical axis, curves) per benchmark that was measured at two or more batch sizes."""
     panels = []
     for name in _AGAINST_BATCH:
-        rows = [row for row in report.by_benchmark().get(name, []) if "images" in row.params]
+        rows = [row for row in report.by_benchmark().get(name, []) if _batch(row) is not None]
         if len({row.params["images"] for row in rows}) < 2:
             continue
         groups: dict[str, list[Row]] = {}
@@ -58,8 +64,14 @@ def batch_curves(report: Report, throughput: bool) -> list[tuple[str, str, list[
         fixed = _fixed_text(rows)
         title = name + (f" ({fixed})" if fixed else "")
         item = rows[0].data["item"]
-        panels.append((title, f"{item}s per second" if throughput else "milliseconds", curves))
+        panels.append((shortened(title), f"{item}s per second" if throughput else "milliseconds", curves))
     return panels
+
+
+def _batch(row: Row) -> int | None:
+    """Images per call, if the row's parameters say so."""
+    images = row.params.get("images")
+    return images if isinstance(images, int) and images >= 1 else None
 
 
 def _short(field: str, value: object) -> str:
@@ -71,7 +83,7 @@ def _curve(label: str, rows: list[Row], throughput: bool) -> Curve:
         return float(row.data["items"]) / seconds if throughput else 1e3 * seconds
 
     return Curve(
-        label,
+        shortened(label, _LONGEST_NAME),
         [int(row.params["images"]) for row in rows],
         [value(row.summary.median, row) for row in rows],
         [value(row.summary.p75 if throughput else row.summary.p25, row) for row in rows],
@@ -87,7 +99,7 @@ def floor_rows(report: Report) -> list[tuple[str, Row]]:
         for row in rows:
             if row.role == "engine" and row.reached is not None:
                 inner = ", ".join(_short(field, row.params[field]) for field in fields)
-                found.append((f"{name}: {inner}" if inner else name, row))
+                found.append((shortened(f"{name}: {inner}" if inner else name), row))
     return found[:_MOST_FLOORS]
 
 
@@ -102,7 +114,8 @@ def breakdown_rows(report: Report) -> list[tuple[Row, list[tuple[str, float, flo
         gap = sum(float(part["seconds"]) for part in parts if part["name"] == "gap")
         if len(kernels) > 9:
             kernels = [*kernels[:8], ("other kernels", sum(seconds for _, seconds in kernels[8:]))]
-        found.append((row, _consecutive([*kernels, ("gap", gap)])))
+        short = [(shortened(name, _LONGEST_NAME), seconds) for name, seconds in kernels]
+        found.append((row, _consecutive([*short, ("gap", gap)])))
     return found
 
 
@@ -117,7 +130,7 @@ def _consecutive(parts: list[tuple[str, float]]) -> list[tuple[str, float, float
 def timeline_rows(report: Report) -> list[tuple[Row, list[tuple[str, float, float]]]]:
     """The phases of whole runs as (name, start, end)."""
     return [
-        (row, [(str(part["name"]), float(part["start"]), float(part["end"])) for part in row.data["timeline"]])
+        (row, [(shortened(part["name"], _LONGEST_NAME), part["start"], part["end"]) for part in row.data["timeline"]])
         for row in report.rows
         if row.data.get("timeline")
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gear_engine.errors import ReportError
 from gear_engine.report.html import report_html
-from gear_engine.report.markdown import report_markdown
+from gear_engine.report.markdown import cell, report_markdown
 from gear_engine.report.plots import PLOTS, write_pngs
 from gear_engine.report.privacy import check_private
 from gear_engine.report.record import Report, read_report, write_report
@@ -33,6 +33,8 @@ def write_report_folder(report: Report, folder: Path, formats: frozenset[str] = 
     if unknown:
         raise ReportError(f"there is no format {sorted(unknown)[0]!r}; there are {', '.join(FORMATS)}")
     check_private(report.data)
+    if folder.exists() and not folder.is_dir():
+        raise ReportError(f"{folder} is a file; say --out-dir FOLDER")
     texts = {}
     if "html" in formats:
         texts["report.html"] = report_html(report)
@@ -58,9 +60,16 @@ def write_report_folder(report: Report, folder: Path, formats: frozenset[str] = 
 
 
 def device_slug(report: Report) -> str:
-    """A folder name for the device, such as ``intel-xeon-processor-2-cores``."""
+    """A folder name for the device, such as ``intel-xeon-processor-2-cores``.
+
+    Raises:
+        ReportError: the device's name has no letter or digit that a folder's name could be made of.
+    """
     name = re.sub(r"\((?:R|TM|C)\)", "", report.device["name"], flags=re.I)
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:100]
+    if not slug:
+        raise ReportError(f"{report.source}: no folder can be named after the device {report.device['name']!r}")
+    return slug
 
 
 def add_to_results(report: Report, results: Path) -> list[Path]:
@@ -75,7 +84,7 @@ def _best(report: Report, benchmark: str) -> str:
         return "-"
     best = max(rows, key=lambda row: row.throughput)
     shown = [str(best.params[name]) for name in ("model", "dtype") if name in best.params]
-    return f"{throughput_text(best)} ({', '.join([*shown, str(best.params.get('images', 1)) + ' at once'])})"
+    return cell(f"{throughput_text(best)} ({', '.join([*shown, str(best.params.get('images', 1)) + ' at once'])})")
 
 
 def write_index(results: Path) -> Path:
@@ -87,7 +96,8 @@ def write_index(results: Path) -> Path:
         bandwidth = report.data["ceilings"]["bandwidth"]
         rate = report.data["ceilings"]["rates"].get("fp32")
         lines.append(
-            f"| [{report.device['name']}]({place}/report.md) | {report.data['created'][:10]} | `{report.commit}` | "
+            f"| [{cell(report.device['name'])}]({place}/report.md) | {report.data['created'][:10]} | "
+            f"`{report.commit}` | "
             f"{rate_text(bandwidth, 'B/s') if bandwidth else ''} | {rate_text(rate, 'op/s') if rate else ''} | "
             f"{_best(report, 'decode_step')} | {_best(report, 'end_to_end')} | [page]({place}/report.html), "
             f"[CSV]({place}/report.csv), [JSON]({place}/report.json) |"

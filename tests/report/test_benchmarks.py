@@ -123,6 +123,15 @@ def test_selection() -> None:
         (["skinny_linear", "--grid", "dtype=fp8"], "dtype 'fp8' is not one of"),
         (["skinny_linear", "--grid", "model=Llama"], "no model 'Llama'"),
         (["decode_attention", "--grid", "position=256"], "position 256 must lie in"),
+        (["decode_step", "--grid", "images=0"], "images: 0 must lie between 1 and"),
+        (["decode_step", "--grid", "images=1", "images=2"], "'images' stands there twice"),
+        (["sample_tokens", "--grid", "top_p=nan"], "top_p: nan must lie between"),
+        (["group_norm_silu", "--grid", "channels=7"], "channels 7 must be a multiple of 32"),
+        (["sign_bits", "--grid", "groups=3"], "width 14 must be a multiple of 3"),
+        (["--backend", "tensorrt"], "no backend 'tensorrt'"),
+        (["--noise-bound", "nan"], "must be positive"),
+        (["--max-seconds", "inf"], "must be positive"),
+        (["--seed", "-1"], "--seed must lie in"),
     ],
 )
 def test_bad_input(
@@ -175,6 +184,11 @@ def test_a_run_checks_flags_and_lists_what_it_skips(monkeypatch: pytest.MonkeyPa
     ]
     assert record["skipped"][-1]["reason"] == "three is not measured, see PATH"
     assert seen[0] == 0 and seen[-1] == 3
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_the_run(tmp_path: Path) -> None:
+    assert main(["bench", "--out", str(tmp_path / "none" / "run.json")]) == 2
+    assert main(["bench", "--out", str(tmp_path)]) == 2
 
 
 def test_registering_twice_or_with_mixed_fields_is_an_error() -> None:

@@ -57,13 +57,26 @@ def test_merge_writes_markdown(pair: tuple[str, str], tmp_path: Path, capsys: py
         (["merge", "{good}", "{device}", "--fail-over", "5%"], "runs of one device"),
         (["{good}", "--formats", "pdf"], "no format 'pdf'"),
         (["{good}", "--fail-over", "5%"], "belong to"),
+        (["merge", "{good}", "{good}", "--fail-over", "nan"], "between 0% and 1000%"),
+        (["merge", "{good}", "{good}", "--fail-over", ""], "say a percentage"),
+        (["merge", "{good}", "{list}", "--fail-over", "5%"], "is no gear-engine report"),
+        (["merge", "{good}", "{good}", "--out", "{none}/x.md"], "in a folder that exists"),
+        (["{good}", "{device}", "--out-dir", "x"], "--out-dir holds one report"),
+        (["{bare}"], "is a file; say --out-dir"),
+        (["add", "{nameless}"], "no folder can be named after"),
+        (["{list}"], "is no gear-engine report"),
+        (["{good}", "--formats", ""], "no format ''"),
     ],
 )
 def test_refusals(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = make_record([make_row()])
     device = make_record([make_row()])
     device["device"] = {**device["device"], "name": "Another"}
+    nameless = make_record([make_row()])
+    nameless["device"] = {**nameless["device"], "name": "--- ---"}
     files = {
+        "nameless": nameless,
+        "list": [good],
         "good": good,
         "device": device,
         "version": {**good, "schema_version": 99},
@@ -71,7 +84,10 @@ def test_refusals(arguments: list[str], message: str, tmp_path: Path, capsys: py
     }
     paths = {name: _write(tmp_path / f"{name}.json", record) for name, record in files.items()}
     (tmp_path / "truncated.json").write_text(json.dumps(good)[:-30])
+    (tmp_path / "bare").write_text(json.dumps(good))
+    paths |= {"bare": str(tmp_path / "bare")}
     paths |= {"truncated": str(tmp_path / "truncated.json"), "none": str(tmp_path / "none.json")}
     assert main(["report", *(argument.format(**paths) for argument in arguments)]) == 2
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert message in err and len(err.splitlines()) == 1
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]

@@ -70,6 +70,9 @@ def test_refuses(record: Record, changes: Record, message: str) -> None:
     [
         ({"samples": []}, r"report\.rows\[0\]\.samples"),
         ({"samples": [0.1, -0.1]}, r"report\.rows\[0\]\.samples\[1\]"),
+        ({"samples": [1e-320]}, r"report\.rows\[0\]\.samples\[0\]"),
+        ({"samples": [1e308]}, r"report\.rows\[0\]\.samples\[0\]"),
+        ({"items": 0}, r"report\.rows\[0\]\.items"),
         ({"samples_ms": [1.0]}, "'samples_ms' was unexpected"),
         ({"role": "friend"}, r"report\.rows\[0\]\.role"),
     ],
@@ -98,6 +101,42 @@ def test_not_a_number_is_refused(record: Record, tmp_path: Path) -> None:
     path.write_text(json.dumps(make_record([make_row(samples=[float("nan")])])))
     with pytest.raises(ReportError, match="NaN"):
         read_report(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 200_000, "nested too deeply"),
+        ("[]", "is no gear-engine report"),
+        ('"gear-engine-report"', "is no gear-engine report"),
+        ('{"schema": "another"}', "is no gear-engine report"),
+        ("1" * 6000, "not complete JSON"),
+        ("<html></html>", "not complete JSON"),
+    ],
+)
+def test_a_file_that_is_no_report(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    with pytest.raises(ReportError, match=message):
+        read_report(path)
+
+
+def test_numbers_beyond_reason(record: Record, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    text = json.dumps(make_record([make_row(items=123.25)]))
+    path.write_text(text.replace("123.25", "1e999"))
+    with pytest.raises(ReportError, match="inf"):
+        read_report(path)
+    path.write_text(json.dumps(record).replace('"load": 0.3', '"load": 1e999'))
+    with pytest.raises(ReportError, match=r"conditions\[0\]\.load: inf is not finite"):
+        read_report(path)
+
+
+@pytest.mark.parametrize("text", ["\x1b[31mred", "two\nlines", "nul\0"])
+def test_text_that_moves_a_terminals_cursor_is_refused(record: Record, text: str) -> None:
+    record["device"]["name"] = text
+    with pytest.raises(ReportError, match=r"report\.device\.name' holds characters that cannot be printed"):
+        validate(record)
 
 
 def test_missing_and_binary(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from gear_engine.errors import ReportError
 from gear_engine.report.record import Report, write_report
+from gear_engine.report.series import batch_curves
 from gear_engine.report.text import bytes_text, percent, rate_text, seconds_text, summary_table
 from gear_engine.report.writers import add_to_results, device_slug, write_report_folder
 from tests.report.conftest import example_record
@@ -68,11 +69,34 @@ def test_page_is_self_contained(written: Path) -> None:
     assert "#1b1f24" not in page.split("</style>")[1]  # plots take their colours from the theme
 
 
-def test_page_escapes(record: Record) -> None:
-    from gear_engine.report.html import report_html
+HOSTILE = "<img src=x onerror=alert(1)> $\\frac{$ | `x` [a](javascript:b)"
 
-    record["device"]["name"] = "<b>&device"
-    assert "<b>&device" not in report_html(Report(record))
+
+def test_hostile_text_stays_text_in_every_format(record: Record, tmp_path: Path) -> None:
+    record["device"]["name"] = HOSTILE
+    record["command"] = record["versions"]["torch"] = HOSTILE
+    for row in record["rows"]:
+        row["params"]["model"] = row["implementation"] = HOSTILE + row["implementation"]
+        row["flags"] = [HOSTILE]
+        for part in [*row.get("breakdown", []), *row.get("timeline", [])]:
+            part["name"] = HOSTILE + part["name"]
+    record["skipped"] = [{"id": HOSTILE, "reason": HOSTILE}]
+    add_to_results(Report(record), tmp_path)
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    page = (folder / "report.html").read_text()
+    assert "<img" not in page and "&lt;img src=x" in page
+    for path in (folder / "report.md", tmp_path / "README.md"):
+        assert "<img" not in path.read_text() and "](javascript" not in path.read_text()
+        tables = [line for line in path.read_text().splitlines() if line.startswith("|")]
+        counts = {len(re.findall(r"(?<!\\)\|", line)) for line in tables[-2:]}
+        assert len(counts) == 1, "a cell broke its table"
+    assert all((folder / name).is_file() for name in ("latency.png", "breakdown.png", "timeline.png"))
+
+
+def test_parameters_that_are_no_batch_are_not_drawn_against_batch(record: Record) -> None:
+    for row in record["rows"]:
+        row["params"]["images"] = f"about {row['params']['images']}"
+    assert batch_curves(Report(record), throughput=False) == []
 
 
 def test_csv(written: Path, record: Record) -> None:
@@ -97,7 +121,8 @@ def test_summary_table(record: Record) -> None:
     assert "DIFFERS" in text and "skipped rollout: needs --official" in text
 
 
-def test_results_folder_and_index(record: Record, tmp_path: Path) -> None:
+def test_results_folder_and_index(record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gear_engine.report.writers.write_pngs", lambda report, folder: {})  # drawn in other tests
     add_to_results(Report(record), tmp_path)
     other = {**record, "device": {**record["device"], "name": "Other(R) GPU | x"}}
     add_to_results(Report(other), tmp_path)
