@@ -72,7 +72,11 @@ class CMakeBuild(build_ext):
 setup(
     packages=[*find_packages(include=["gear_engine", "gear_engine.*"]), *MAPPED_PACKAGES],
     package_dir=MAPPED_PACKAGES,
-    package_data={"gear_engine": ["py.typed", "*.pyi"], "gear_engine.report": ["*.json", "*.html", "*.j2"]},
+    package_data={
+        "gear_engine": ["py.typed", "*.pyi"],
+        "gear_engine.report": ["*.json", "*.html", "*.j2"],
+        "gear_engine.training": ["configs/*.toml"],
+    },
     ext_modules=[Extension("gear_engine._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

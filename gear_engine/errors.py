@@ -12,6 +12,7 @@ __all__ = [
     "ConfigError",
     "GearError",
     "InvalidRequestError",
+    "MissingWeightsError",
     "NumericalError",
     "OutOfMemoryError",
     "ReportError",
@@ -39,6 +40,10 @@ class CheckpointError(GearError, ValueError):
 
 class UnsafeCheckpointError(CheckpointError):
     """A checkpoint asks for code to be run, or for memory that its size cannot justify."""
+
+
+class MissingWeightsError(GearError, FileNotFoundError):
+    """Weights of another project that a setting asks for are not there; the message says which and what to do."""
 
 
 class BackendUnavailableError(GearError, RuntimeError):

@@ -103,7 +103,7 @@ def infer_generator(
 
 def _heads(dim: int, n_layer: int, args: Mapping[str, Any], given: GeneratorOverrides) -> int:
     """Head count; also holds the named model sizes against the weights."""
-    claims: list[tuple[str, int | None]] = [("your n_head", given.n_head)]
+    claims: list[tuple[str, int | None]] = [("your n_head", given.n_head), argument(args, int, "n_head")]
     for source, name in (argument(args, str, "ar_model", "gpt_model"), ("your ar_model", given.ar_model)):
         if name is None:
             continue

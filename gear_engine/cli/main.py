@@ -27,6 +27,7 @@ COMMANDS = {
     "sample": "gear_engine.cli.sample",
     "sample-t2i": "gear_engine.cli.sample_t2i",
     "reconstruct": "gear_engine.cli.reconstruct",
+    "train": "gear_engine.cli.train",
     "convert": "gear_engine.cli.convert",
     "demo": "gear_engine.cli.demo",
     "info": "gear_engine.cli.info",
@@ -44,7 +45,9 @@ class _Terminated(BaseException):
 
 def build_parser() -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:
     """The parser of all commands and the commands' modules by name; imports no torch."""
-    parser = argparse.ArgumentParser(prog="gear-engine", description="Inference for GEAR and LlamaGen image models.")
+    parser = argparse.ArgumentParser(
+        prog="gear-engine", description="GEAR and LlamaGen image models: inference, training."
+    )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     modules = {name: importlib.import_module(path) for name, path in COMMANDS.items()}
     for module in modules.values():

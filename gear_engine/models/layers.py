@@ -14,7 +14,7 @@ __all__ = ["Attention", "CaptionEmbedder", "FeedForward", "LabelEmbedder", "RMSN
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x^2) + eps)`` in fp32, rounded to x's dtype, times ``weight`` (dim,)."""
+    """``x / sqrt(mean(x^2) + eps)`` in fp32 (float64 for float64), rounded to x's dtype, times ``weight`` (dim,)."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()

@@ -41,8 +41,8 @@ _FP8_MAX: Final = 448.0
 
 
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Rotates interleaved pairs of ``x`` (..., H, D) by ``rope`` (..., D / 2, 2) = (cos, sin), in fp32; x's dtype."""
-    pairs = x.float().reshape(*x.shape[:-1], -1, 2)  # [..., H, D / 2, 2]
+    """Rotates pairs of ``x`` (..., H, D) by ``rope`` (..., D / 2, 2) = (cos, sin), in fp32 at least; x's dtype."""
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(*x.shape[:-1], -1, 2)  # [..., H, D / 2, 2]
     cos, sin = rope[..., None, :, 0], rope[..., None, :, 1]  # [..., 1, D / 2]
     even, odd = pairs[..., 0], pairs[..., 1]
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)

@@ -113,8 +113,8 @@ def _to_panels(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
-    """``x / sqrt(mean(x^2) + eps)`` in fp32, rounded to x's dtype, times ``weight``."""
-    wide = x.float()
+    """``x / sqrt(mean(x^2) + eps)`` in fp32 (float64 for float64), rounded to x's dtype, times ``weight``."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(torch.mean(wide * wide, dim=-1, keepdim=True) + eps)).type_as(x) * weight
 
 
