@@ -21,7 +21,7 @@ import torch
 from gear_engine.bench import counts, timing
 from gear_engine.config import TOKENIZER_PRESETS
 from gear_engine.metrics import psnr
-from gear_engine.tokenizers import Decoder, Tokenizer, build_tokenizer
+from gear_engine.tokenizers import Decoder, Tokenizer, build_tokenizer, decoder_fast
 
 MODULES = {"VQ": ("vq_model", "VQ_models"), "IBQ": ("ibq_model", "IBQ_models"), "LFQ-16": ("lfq_model", "LFQ_models")}
 GLFQ = ("glfq_model", "GLFQ_models")
@@ -65,11 +65,13 @@ def peers(
         calls["official bf16 channels_last"] = lambda: half.decode_code(codes, shape)
         if compiled:
             calls["official bf16 compiled"] = torch.compile(lambda: half.decode_code(codes, shape))
-    exact, bf16 = Decoder(tokenizer), Decoder(tokenizer, dtype=torch.bfloat16)
+    exact = Decoder(tokenizer)
     calls["modules fp32"] = lambda: tokenizer.decode(tokenizer.lookup(codes, shape))
     calls["decode_code fp32"] = lambda: tokenizer.decode_code(codes, shape)
     calls["Decoder fp32"] = lambda: exact.decode_code(codes, shape)
-    calls["Decoder bf16"] = lambda: bf16.decode_code(codes, shape)
+    if decoder_fast.unavailable(torch.bfloat16) is None:
+        bf16 = Decoder(tokenizer, dtype=torch.bfloat16)
+        calls["Decoder bf16"] = lambda: bf16.decode_code(codes, shape)
     return calls
 
 

@@ -5,9 +5,9 @@
 
 Every round runs each contestant once: the official ``generate`` and ``decode_code`` as shipped (fp32) and moved to bf16
 (with ``--compiled`` also compiled, both models; compiling happens before the first round and is reported), and
-gear_engine: fp32 weights and an fp32 :class:`Decoder`, bf16 and int8 weights with a bf16 one. Weights are random and
-the same on every side, ``rng="torch"``. Images are made bytes on both sides. With fewer ``--tokens`` than a grid has,
-zeros fill it up.
+gear_engine: fp32 weights and an fp32 :class:`Decoder`, bf16 and int8 weights with a bf16 one (fp32 where the machine
+has no bf16 convolutions; column ``decoder``). Weights are random and the same on every side, ``rng="torch"``. Images
+are made bytes on both sides. With fewer ``--tokens`` than a grid has, zeros fill it up.
 
 ``x official`` divides the medians of the two, ``x best`` the fastest rounds, ``x processor`` the least processor times.
 Checks: images whose fp32 tokens equal the official ones and the largest difference of their bytes; the decoders' PSNR
@@ -96,7 +96,8 @@ def contestants(
             decode = torch.compile(model.decode_code) if compiles else model.decode_code
             found[name] = Contestant(draw, lambda codes, decode=decode: decode(codes, shape), _official_bytes)  # type: ignore[misc]
     params = SamplingParams(cfg_scale=CFG_SCALE)
-    decoders = {dtype: Decoder(tokenizer, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    dtypes = {peak_memory.decode_dtype(name) for name in peak_memory.FORMATS}
+    decoders = {dtype: Decoder(tokenizer, dtype=dtype) for dtype in dtypes}
     for name, (dtype, kind) in peak_memory.FORMATS.items():
         engine = Engine(weights, max_images=len(labels), dtype=dtype, weight_format=kind, max_new_tokens=tokens)
         decoder = decoders[peak_memory.decode_dtype(name)]
@@ -182,7 +183,9 @@ def rows_of(results: dict[str, Result], images: int) -> list[dict[str, Any]]:
     rows = []
     for name, result in results.items():
         summary = timing.statistics(result.wall)
-        row: dict[str, Any] = {"images": images, "what": name, "runs": summary["runs"]}
+        ours = name.removeprefix("gear_engine ")
+        decoder = str(peak_memory.decode_dtype(ours)).removeprefix("torch.") if ours != name else None
+        row: dict[str, Any] = {"images": images, "what": name, "decoder": decoder, "runs": summary["runs"]}
         row |= {f"{key}_s": summary[f"{key}_ms"] / 1e3 for key in ("median", "p10", "p90")}
         row |= {"best_s": min(result.wall), "tokens_s": timing.statistics(result.tokens_s)["median_ms"] / 1e3}
         row |= {"processor_s": min(result.processor)}

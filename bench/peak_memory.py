@@ -2,7 +2,8 @@
 
     python -m gear_engine.bench.peak_memory '{"model": "LlamaGen-B", "format": "bf16", "images": 8, "tokens": 256}'
 
-prints a JSON object. With ``"tokenizer": "VQ-16"`` the tokens are decoded too (in bf16 unless the format is fp32).
+prints a JSON object. With ``"tokenizer": "VQ-16"`` the tokens are decoded too (in bf16 unless the format is fp32 or
+the machine has no bf16 convolutions).
 
 The process first draws and decodes with tiny models, so that libraries and threads are in memory; what is resident then
 is ``base``. Random weights are made and converted, fp32 originals that are not used are let go, and the system's
@@ -27,7 +28,7 @@ from gear_engine import Engine, SamplingParams
 from gear_engine.bench.inputs import generator_config, generator_weights
 from gear_engine.config import TOKENIZER_PRESETS, GeneratorConfig, TokenizerConfig
 from gear_engine.ops.skinny_linear import PackKind
-from gear_engine.tokenizers import Decoder, build_tokenizer
+from gear_engine.tokenizers import Decoder, build_tokenizer, decoder_fast
 
 __all__ = ["FORMATS", "decode_dtype", "latents", "measure", "reset_peak", "resident", "table"]
 
@@ -44,8 +45,9 @@ _TINY_TOKENIZER = TokenizerConfig(family="vq", codebook_size=97, z_channels=32, 
 
 
 def decode_dtype(format_: str) -> torch.dtype:
-    """Arithmetic of the decoder beside a generator of that format."""
-    return torch.float32 if format_ == "fp32" else torch.bfloat16
+    """Arithmetic of the decoder beside a generator of that format: fp32 too where there are no bf16 convolutions."""
+    bf16 = format_ != "fp32" and decoder_fast.unavailable(torch.bfloat16) is None
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def resident(field: str) -> int:

@@ -14,7 +14,13 @@ from torch import nn
 
 from gear_engine import compat, pipeline
 from gear_engine.config import GeneratorConfig, TokenizerConfig
-from gear_engine.errors import CheckpointError, ConfigError, InvalidRequestError, OutOfMemoryError
+from gear_engine.errors import (
+    BackendUnavailableError,
+    CheckpointError,
+    ConfigError,
+    InvalidRequestError,
+    OutOfMemoryError,
+)
 from gear_engine.models.condition import TextCondition
 from gear_engine.models.transformer import Transformer
 from gear_engine.pipeline import Pipeline
@@ -230,16 +236,21 @@ def test_llamagen_prompts(tokenizer: Tokenizer) -> None:
 
 
 def test_decoding_in_bf16(pipe: Pipeline) -> None:
-    if unavailable() is not None or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("no bf16 convolutions on this CPU")
+    if unavailable(torch.bfloat16) is not None:
+        with pytest.raises(BackendUnavailableError, match="a CPU with AVX-512"):
+            Pipeline(pipe.generator, pipe.tokenizer, decode_dtype=torch.bfloat16)
+        return
     fast = Pipeline(pipe.generator, pipe.tokenizer, decode_dtype=torch.bfloat16)
     fast.set_progress_bar_config(disable=True)
     exact, quick = (each([1, 2], seeds=[1, 2], output_type="pt") for each in (pipe, fast))
     assert torch.equal(exact.tokens, quick.tokens)
     mean_square = (exact.images - quick.images).square().mean()
     assert 0 < mean_square < 10**-4  # better than 40 dB, and not the fp32 decoder
+
+
+def test_a_decoder_on_the_cpu_stays_there(pipe: Pipeline) -> None:
     with pytest.raises(ConfigError, match="decode_dtype is for the CPU"):
-        fast.to("meta")
+        Pipeline(pipe.generator, pipe.tokenizer, decode_dtype=torch.float32).to("meta")
 
 
 def test_save_and_load(pipe: Pipeline, tmp_path: Path) -> None:

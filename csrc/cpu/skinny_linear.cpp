@@ -4,6 +4,7 @@
 #include "common/packing.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
+#include "cpu/simd_bf16.h"
 
 namespace gear::GEAR_ISA {
 namespace {
@@ -12,7 +13,18 @@ using TileKernel = void (*)(const TileTask&, Tile&);
 
 bool in_place(WeightKind kind) { return kind == WeightKind::f32_rows || kind == WeightKind::bf16_rows; }
 
-std::int64_t element_bytes(WeightKind kind) { return in_place(kind) ? 4 : kind == WeightKind::int8_panels ? 1 : 2; }
+TileKernel choose_kernel(WeightKind kind) {
+  if (in_place(kind)) return &linear_rows;
+#ifdef GEAR_ISA_avx512
+  if (kind == WeightKind::bf16_panels ? has_amx_bf16() : has_amx_int8()) return &linear_amx;
+#endif
+  return &linear_panels;
+}
+
+// Of an operand's element: fp32, int16, bf16 or int8.
+std::int64_t element_bytes(WeightKind kind, bool wide) {
+  return in_place(kind) ? 4 : (kind == WeightKind::int8_panels ? 1 : 2) * (wide ? 2 : 1);
+}
 
 // ---- operands
 // --------------------------------------------------------------------------------------------------------
@@ -46,18 +58,45 @@ void widen_row(const Linear& call, std::int64_t row, float* wide, std::int64_t n
   }
 }
 
+inline void store_integers(std::int8_t* q, Vec x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int i = 0; i < kLanes; ++i) q[i] = static_cast<std::int8_t>(static_cast<std::int32_t>(lanes[i]));
+}
+
+inline void store_integers(std::int16_t* q, Vec x) {
+#if defined(GEAR_ISA_avx2)
+  const __m256i whole = _mm256_cvtps_epi32(x);
+  const __m128i packed = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(q), packed);
+#else
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int i = 0; i < kLanes; ++i) q[i] = static_cast<std::int16_t>(static_cast<std::int32_t>(lanes[i]));
+#endif
+}
+
 // q = round(x * 127 / max|x|) and the scale max|x| / 127 that undoes it.
-float quantise_row(const float* wide, std::int64_t n_padded, std::int8_t* q) {
+template <class Integer>
+float quantise_row(const float* wide, std::int64_t n_padded, Integer* q) {
   Vec largest = zero();
   for (std::int64_t k = 0; k < n_padded; k += kLanes) largest = max(largest, abs(load(wide + k)));
   const float top = max(largest);
-  const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
-  float lanes[kLanes];
-  for (std::int64_t k = 0; k < n_padded; k += kLanes) {
-    store(lanes, round(mul(load(wide + k), splat(inverse))));
-    for (int i = 0; i < kLanes; ++i) q[k + i] = static_cast<std::int8_t>(static_cast<std::int32_t>(lanes[i]));
-  }
+  const Vec inverse = splat(top > 0.0f ? 127.0f / top : 0.0f);
+  for (std::int64_t k = 0; k < n_padded; k += kLanes) store_integers(q + k, round(mul(load(wide + k), inverse)));
   return top / 127.0f;
+}
+
+void round_row(const float* wide, std::int64_t n_padded, bf16* out) {
+  for (std::int64_t k = 0; k < n_padded; k += kLanes) store_rounded(out + k, load(wide + k));
+}
+
+void round_row(const float* wide, std::int64_t n_padded, float* out) {
+  bf16 rounded[kLanes];
+  for (std::int64_t k = 0; k < n_padded; k += kLanes) {
+    store_rounded(rounded, load(wide + k));
+    store(out + k, load(rounded));
+  }
 }
 
 void prepare_row(const Linear& call, const Operand& operand, std::int64_t row, float* wide, std::int64_t n_padded) {
@@ -69,14 +108,16 @@ void prepare_row(const Linear& call, const Operand& operand, std::int64_t row, f
     widen_row<bf16>(call, row, wide, n_padded);
   }
   if (call.kind == WeightKind::int8_panels) {
-    operand.row_scales[row] = quantise_row(wide, n_padded, reinterpret_cast<std::int8_t*>(out));
+    operand.row_scales[row] = operand.wide ? quantise_row(wide, n_padded, reinterpret_cast<std::int16_t*>(out))
+                                           : quantise_row(wide, n_padded, reinterpret_cast<std::int8_t*>(out));
   } else if (call.kind == WeightKind::bf16_panels) {
-    for (std::int64_t k = 0; k < n_padded; k += kLanes) store(reinterpret_cast<bf16*>(out) + k, load(wide + k));
+    operand.wide ? round_row(wide, n_padded, reinterpret_cast<float*>(out))
+                 : round_row(wide, n_padded, reinterpret_cast<bf16*>(out));
   }
 }
 
-Operand prepare(const Linear& call) {
-  const std::int64_t bytes = element_bytes(call.kind);
+Operand prepare(const Linear& call, bool wide_operand) {
+  const std::int64_t bytes = element_bytes(call.kind, wide_operand);
   const std::int64_t n_padded = (call.in_features + 63) / 64 * 64;
   // A line more than the row, so that equal columns of many rows do not fall into one cache set.
   const std::int64_t stride = n_padded * bytes + 64;
@@ -84,7 +125,7 @@ Operand prepare(const Linear& call) {
   const std::int64_t scale_bytes = (call.rows * 4 + 63) / 64 * 64;
   char* memory = static_cast<char*>(
       scratch(Scratch::operand, static_cast<std::size_t>(data_bytes + scale_bytes + call.rows * n_padded * 4)));
-  const Operand operand{memory, reinterpret_cast<float*>(memory + data_bytes), stride};
+  const Operand operand{memory, reinterpret_cast<float*>(memory + data_bytes), stride, wide_operand};
   float* wide = reinterpret_cast<float*>(memory + data_bytes + scale_bytes);
   const auto one_row = [&](std::int64_t row) noexcept {
     prepare_row(call, operand, row, wide + row * n_padded, n_padded);
@@ -146,19 +187,11 @@ void compute_block(const Linear& call, const Operand& operand, TileKernel kernel
   }
 }
 
-TileKernel choose_kernel(WeightKind kind) {
-  if (in_place(kind)) return &linear_rows;
-#ifdef GEAR_ISA_avx512
-  if (kind == WeightKind::bf16_panels ? has_amx_bf16() : has_amx_int8()) return &linear_amx;
-#endif
-  return &linear_panels;
-}
-
 }  // namespace
 
 void linear(const Linear& call) {
-  const Operand operand = prepare(call);
   const TileKernel kernel = choose_kernel(call.kind);
+  const Operand operand = prepare(call, kernel == &linear_panels && wide_panels(call.kind));
   // Panels are fastest four abreast; narrower blocks where there would be too few to share among the threads.
   std::int64_t width = in_place(call.kind) ? 16 : kTileColumns;
   while (width > kPanelColumns && call.out_features < 4 * width * num_threads()) width /= 2;

@@ -33,11 +33,13 @@ struct Linear {
 };
 
 // The rows of x, normalised and in the form that the weight's kernel multiplies with: fp32 for weights in place, bf16
-// or int8 (with a scale per row) for panels. Zeros fill a row up to `stride`.
+// or int8 (with a scale per row) for panels; without dot products (wide_panels) the same values as fp32 or int16. Zeros
+// fill a row up to `stride`.
 struct Operand {
   void* data;
   float* row_scales;    // int8 only
   std::int64_t stride;  // bytes from row to row
+  bool wide;
 };
 
 // Accumulators of a block of outputs for a block of rows.
@@ -77,6 +79,8 @@ void skinny_linear(const void* x, int activation, std::int64_t rows, std::int64_
 GEAR_DECLARE_ISA(void, linear, (const Linear& call))
 GEAR_DECLARE_ISA(void, linear_rows, (const TileTask& task, Tile& tile))
 GEAR_DECLARE_ISA(void, linear_panels, (const TileTask& task, Tile& tile))
+// Whether linear_panels wants the rows of x widened.
+GEAR_DECLARE_ISA(bool, wide_panels, (gear::WeightKind kind))
 // Sums in int32, stored where the tile's floats go, become floats times the row's and the column's scale.
 GEAR_DECLARE_ISA(void, scale_int8_products, (const TileTask& task, Tile& tile))
 

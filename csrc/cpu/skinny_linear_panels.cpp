@@ -1,6 +1,6 @@
 // Products with packed weights (common/packing.h) without tile registers: a line of 16 columns times a broadcast group
 // of x. bf16 uses the AVX-512 dot product where it is there and widens to fp32 otherwise; int8 sums exactly in int32 on
-// every instruction set.
+// every instruction set. Without dot products x comes widened too (Operand), so that no kernel converts it per panel.
 #include "common/packing.h"
 #include "cpu/simd.h"
 #include "cpu/skinny_linear.h"
@@ -8,41 +8,54 @@
 namespace gear::GEAR_ISA {
 namespace {
 
-constexpr int kRowsAtOnce = 4;
+constexpr int kBf16Rows = kRegisters == 32 ? 4 : 6;  // rows at once
+constexpr int kInt8Rows = 4;
 constexpr int kAhead = 2048;  // bytes; hides the latency that the hardware's prefetcher leaves
 
-inline std::int32_t group_at(const void* x) {
-  std::int32_t bits;
-  __builtin_memcpy(&bits, x, 4);
+template <class Bits>
+inline Bits group_at(const void* x) {
+  Bits bits;
+  __builtin_memcpy(&bits, x, sizeof bits);
   return bits;
 }
 
 // ---- bf16
 // ------------------------------------------------------------------------------------------------------------
 
-template <int kRows>
-void bf16_panel(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, float* out) {
+// x in fp32, already rounded to bf16: a broadcast is then one load. An accumulator's sums wait for each other, so that
+// few rows take two panels abreast.
+template <int kRows, int kPanels>
+void bf16_panels(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, float* out) {
   constexpr int kVectors = static_cast<int>(kPanelColumns) / kLanes;
-  Vec total[kRows][kVectors];
-  for (auto& row : total)
-    for (Vec& v : row) v = zero();
+  const std::int64_t panel_bytes = lines * kLineBytes;
+  Vec total[kPanels][kVectors][kRows];
+#pragma GCC unroll 2
+  for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) total[p][v][r] = zero();
   for (std::int64_t line = 0; line < lines; ++line) {
-    __builtin_prefetch(panel + line * kLineBytes + kAhead);
-    const bf16* w = reinterpret_cast<const bf16*>(panel + line * kLineBytes);
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; ++p) {
+      const char* at = panel + p * panel_bytes + line * kLineBytes;
+      __builtin_prefetch(at + kAhead);
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      Vec even, odd;
-      load_pairs(w + 2 * v * kLanes, even, odd);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const bf16* pair = reinterpret_cast<const bf16*>(x + r * stride + line * 4);
-        total[r][v] = fma(even, splat(to_float(pair[0])), total[r][v]);
-        total[r][v] = fma(odd, splat(to_float(pair[1])), total[r][v]);
+      for (int v = 0; v < kVectors; ++v) {
+        Vec even, odd;
+        load_pairs(reinterpret_cast<const bf16*>(at) + 2 * v * kLanes, even, odd);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          const float* pair = reinterpret_cast<const float*>(x + r * stride) + line * 2;
+          total[p][v][r] = fma(even, splat(pair[0]), total[p][v][r]);
+          total[p][v][r] = fma(odd, splat(pair[1]), total[p][v][r]);
+        }
       }
     }
   }
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) store(out + r * kTileColumns + v * kLanes, total[r][v]);
+    for (int p = 0; p < kPanels; ++p)
+      for (int v = 0; v < kVectors; ++v) store(out + r * kTileColumns + p * kPanelColumns + v * kLanes, total[p][v][r]);
 }
 
 #ifdef GEAR_ISA_avx512
@@ -56,7 +69,8 @@ __attribute__((target("avx512bf16"))) void bf16_panel_dot(const char* panel, std
     const __m512bh w = (__m512bh)_mm512_loadu_si512(panel + line * kLineBytes);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
-      total[r] = _mm512_dpbf16_ps(total[r], (__m512bh)_mm512_set1_epi32(group_at(x + r * stride + line * 4)), w);
+      total[r] =
+          _mm512_dpbf16_ps(total[r], (__m512bh)_mm512_set1_epi32(group_at<std::int32_t>(x + r * stride + line * 4)), w);
   }
   for (int r = 0; r < kRows; ++r) _mm512_storeu_ps(out + r * kTileColumns, total[r]);
 }
@@ -66,35 +80,49 @@ __attribute__((target("avx512bf16"))) void bf16_panel_dot(const char* panel, std
 // ------------------------------------------------------------------------------------------------------------
 
 #if defined(GEAR_ISA_avx512) || defined(GEAR_ISA_avx2)
-// 16-bit products are added in pairs: two int32 per column, joined at the end.
-template <int kRows>
-void int8_panel(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, std::int32_t* out) {
-  for (int part = 0; part < 4; ++part) {
-    __m256i total[kRows];
-    for (__m256i& v : total) v = _mm256_setzero_si256();
-    for (std::int64_t line = 0; line < lines; ++line) {
-      const char* p = panel + line * kLineBytes + part * 16;
-      __builtin_prefetch(p + kAhead);
-      const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+// kParts times four columns from `panel` on, x widened to 16 bits. Products are added in pairs: two int32 per column,
+// joined at the end.
+template <int kRows, int kParts>
+inline void int8_columns(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, std::int32_t* out) {
+  __m256i total[kRows][kParts];
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const __m128i group = _mm_set1_epi32(group_at(x + r * stride + line * 4));
-        total[r] = _mm256_add_epi32(total[r], _mm256_madd_epi16(w, _mm256_cvtepi8_epi16(group)));
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      alignas(32) std::int32_t pairs[8];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), total[r]);
-      for (int c = 0; c < 4; ++c) out[r * kTileColumns + part * 4 + c] = pairs[2 * c] + pairs[2 * c + 1];
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) total[r][part] = _mm256_setzero_si256();
+  for (std::int64_t line = 0; line < lines; ++line) {
+    const char* p = panel + line * kLineBytes;
+    __builtin_prefetch(p + kAhead);
+    __m256i group[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) group[r] = _mm256_set1_epi64x(group_at<std::int64_t>(x + r * stride + line * 8));
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) {
+      const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + part * 16)));
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) total[r][part] = _mm256_add_epi32(total[r][part], _mm256_madd_epi16(w, group[r]));
     }
   }
+  for (int r = 0; r < kRows; ++r)
+    for (int part = 0; part < kParts; ++part) {
+      alignas(32) std::int32_t pairs[8];
+      _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), total[r][part]);
+      for (int c = 0; c < 4; ++c) out[r * kTileColumns + part * 4 + c] = pairs[2 * c] + pairs[2 * c + 1];
+    }
+}
+
+// As many accumulators as the registers hold.
+template <int kRows>
+void int8_panel(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, std::int32_t* out) {
+  constexpr int kParts = kRows * 4 <= 12 ? 4 : 2;
+  for (int part = 0; part < 4; part += kParts)
+    int8_columns<kRows, kParts>(panel + part * 16, lines, x, stride, out + part * 4);
 }
 #else
 template <int kRows>
 void int8_panel(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, std::int32_t* out) {
   const auto* weights = reinterpret_cast<const std::int8_t*>(panel);
   for (int r = 0; r < kRows; ++r) {
-    const auto* values = reinterpret_cast<const std::int8_t*>(x + r * stride);
+    const auto* values = reinterpret_cast<const std::int16_t*>(x + r * stride);
     std::int32_t total[kPanelColumns] = {};
     for (std::int64_t line = 0; line < lines; ++line)
       for (int c = 0; c < kPanelColumns; ++c)
@@ -118,7 +146,8 @@ __attribute__((target("avx512vnni"))) void int8_panel_dot(const char* panel, std
     weight_sum = _mm512_dpbusd_epi32(weight_sum, offset, w);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const __m512i group = _mm512_xor_si512(_mm512_set1_epi32(group_at(x + r * stride + line * 4)), offset);
+      const __m512i group =
+          _mm512_xor_si512(_mm512_set1_epi32(group_at<std::int32_t>(x + r * stride + line * 4)), offset);
       total[r] = _mm512_dpbusd_epi32(total[r], group, w);
     }
   }
@@ -136,7 +165,12 @@ void run_bf16(const char* panel, std::int64_t lines, const char* x, std::int64_t
 #ifdef GEAR_ISA_avx512
   if (has_avx512_bf16()) return bf16_panel_dot<kRows>(panel, lines, x, stride, static_cast<float*>(out));
 #endif
-  bf16_panel<kRows>(panel, lines, x, stride, static_cast<float*>(out));
+  bf16_panels<kRows, 1>(panel, lines, x, stride, static_cast<float*>(out));
+}
+
+template <int kRows>
+void run_bf16_pair(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, void* out) {
+  bf16_panels<kRows, 2>(panel, lines, x, stride, static_cast<float*>(out));
 }
 
 template <int kRows>
@@ -147,8 +181,18 @@ void run_int8(const char* panel, std::int64_t lines, const char* x, std::int64_t
   int8_panel<kRows>(panel, lines, x, stride, static_cast<std::int32_t*>(out));
 }
 
-constexpr PanelKernel kBf16Kernels[kRowsAtOnce] = {&run_bf16<1>, &run_bf16<2>, &run_bf16<3>, &run_bf16<4>};
-constexpr PanelKernel kInt8Kernels[kRowsAtOnce] = {&run_int8<1>, &run_int8<2>, &run_int8<3>, &run_int8<4>};
+#if defined(GEAR_ISA_avx512)
+constexpr PanelKernel kBf16Kernels[] = {&run_bf16<1>, &run_bf16<2>, &run_bf16<3>, &run_bf16<4>};
+#else
+constexpr PanelKernel kBf16Kernels[] = {&run_bf16<1>, &run_bf16<2>, &run_bf16<3>,
+                                        &run_bf16<4>, &run_bf16<5>, &run_bf16<6>};
+#endif
+constexpr PanelKernel kInt8Kernels[] = {&run_int8<1>, &run_int8<2>, &run_int8<3>, &run_int8<4>};
+// For as few rows, where two panels remain.
+constexpr PanelKernel kBf16Pairs[] = {&run_bf16_pair<1>, &run_bf16_pair<2>, &run_bf16_pair<3>};
+constexpr int kPairRows = sizeof kBf16Pairs / sizeof *kBf16Pairs;
+static_assert(sizeof kBf16Kernels / sizeof *kBf16Kernels == kBf16Rows);
+static_assert(sizeof kInt8Kernels / sizeof *kInt8Kernels == kInt8Rows);
 
 }  // namespace
 
@@ -163,6 +207,10 @@ void scale_int8_products(const TileTask& task, Tile& tile) {
   }
 }
 
+bool wide_panels(WeightKind kind) {
+  return kind == WeightKind::bf16_panels ? !has_avx512_bf16() : kind == WeightKind::int8_panels && !has_avx512_vnni();
+}
+
 void linear_panels(const TileTask& task, Tile& tile) {
   const bool is_int8 = task.call->kind == WeightKind::int8_panels;
   const std::int64_t bytes = is_int8 ? 1 : 2;
@@ -170,11 +218,20 @@ void linear_panels(const TileTask& task, Tile& tile) {
   const char* weight = static_cast<const char*>(task.weight) + task.first_column / kPanelColumns * panel_bytes;
   const char* x = static_cast<const char*>(task.operand->data) + task.first_row * task.operand->stride;
   const PanelKernel* kernels = is_int8 ? kInt8Kernels : kBf16Kernels;
-  for (int column = 0; column < task.n_columns; column += kPanelColumns, weight += panel_bytes) {
-    for (int r = 0; r < task.n_rows; r += kRowsAtOnce) {
-      const int n = task.n_rows - r < kRowsAtOnce ? task.n_rows - r : kRowsAtOnce;
-      kernels[n - 1](weight, panel_bytes / kLineBytes, x + r * task.operand->stride, task.operand->stride,
-                     &tile.values[r][column]);
+  const int rows_at_once = is_int8 ? kInt8Rows : kBf16Rows;
+  const std::int64_t lines = panel_bytes / kLineBytes, stride = task.operand->stride;
+  const bool pairs = task.operand->wide && !is_int8 && task.n_rows <= kPairRows;
+  for (int column = 0, width; column < task.n_columns; column += width) {
+    const char* panel = weight + column / kPanelColumns * panel_bytes;
+    width = kPanelColumns;
+    if (pairs && column + kPanelColumns < task.n_columns) {
+      kBf16Pairs[task.n_rows - 1](panel, lines, x, stride, &tile.values[0][column]);
+      width = 2 * kPanelColumns;
+      continue;
+    }
+    for (int r = 0; r < task.n_rows; r += rows_at_once) {
+      const int n = task.n_rows - r < rows_at_once ? task.n_rows - r : rows_at_once;
+      kernels[n - 1](panel, lines, x + r * stride, stride, &tile.values[r][column]);
     }
   }
   if (is_int8) scale_int8_products(task, tile);

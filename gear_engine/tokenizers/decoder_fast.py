@@ -139,10 +139,13 @@ def _step(module: nn.Module, dtype: torch.dtype, keep: bool) -> _Step:
     raise TypeError(f"a decoder has no step of type {type(module).__name__}")
 
 
-def unavailable() -> str | None:
-    """Why this machine cannot run a :class:`Decoder`, or None if it can."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-        return "this build of torch has no oneDNN convolutions; decode with Tokenizer.decode_code"
+def unavailable(dtype: torch.dtype = torch.float32) -> str | None:
+    """Why this machine cannot run a :class:`Decoder` of ``dtype``, or None if it can."""
+    if dtype == torch.bfloat16:
+        if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+            return "this build of torch has no oneDNN convolutions; use dtype=torch.float32"
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return "bf16 convolutions need a CPU with AVX-512; use dtype=torch.float32"
     symbols = ("conv_rows_cpu", "residual_moments_cpu", "group_norm_silu_cpu")
     return next((reason for reason in map(native.unavailable, symbols) if reason is not None), None)
 
@@ -170,11 +173,9 @@ class Decoder:
             raise BackendUnavailableError(f"this decoder runs on the CPU, the tokenizer is on {tokenizer.device}")
         if tokenizer.dtype != torch.float32:
             raise ConfigError(f"the tokenizer must hold fp32 weights, not {tokenizer.dtype}; dtype= converts them")
-        reason = unavailable()
+        reason = unavailable(dtype)
         if reason is not None:
             raise BackendUnavailableError(reason)
-        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            raise BackendUnavailableError("bf16 convolutions need a CPU with AVX-512; use dtype=torch.float32")
         self.tokenizer = tokenizer
         self.dtype = dtype
         self._keep_weights = keep_weights

@@ -13,11 +13,12 @@ from gear_engine.metrics import psnr
 from gear_engine.ops import native
 from gear_engine.tokenizers import Decoder, Tokenizer, build_tokenizer
 from gear_engine.tokenizers import canvas as canvas_module
+from gear_engine.tokenizers.decoder_fast import unavailable
 from tests.golden_weights import golden_state_dict, load_golden, relative_error
 from tests.tokenizers.test_tokenizer import SMALL
 
 pytestmark = pytest.mark.skipif(native.unavailable("residual_moments_cpu") is not None, reason="not compiled")
-needs_bf16 = pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bf16 convolutions")
+needs_bf16 = pytest.mark.skipif(unavailable(torch.bfloat16) is not None, reason="no bf16 convolutions")
 
 
 @pytest.fixture(scope="module", params=sorted(SMALL))
