@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PYTEST_ARGS ?=
 
-.PHONY: all install build demo test pytest lint format bench sanitize tsan clean
+.PHONY: all install build demo test pytest lint format bench sanitize tsan gpu-test gpu-peers clean
 all: test
 
 # Makes the environment, and brings it up to date when the metadata changed.
@@ -74,6 +74,12 @@ tsan: install
 		-Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) && \
 	$$cmake --build build/tsan --target threads
 	TSAN_OPTIONS=halt_on_error=1 ./build/tsan/threads
+
+# On a machine with a GPU, against the $(PYTHON) that is there: no environment, no network. See docs/gpu.md.
+gpu-test:
+	$(PYTHON) bench/gpu_test.py $(GPU_TEST_ARGS)
+gpu-peers:
+	$(PYTHON) bench/gpu_test.py peers $(GPU_TEST_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info gear_engine/_C.*.so $(VENV)/.built

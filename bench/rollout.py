@@ -98,10 +98,10 @@ def official_rollout(
     what was compiled for another number of images is dropped.
     """
     try:
-        model, module = official_generator(Context(torch.device("cpu"), official=checkout), weights)
+        model, module = official_generator(Context(weights.device, official=checkout), weights)
     except Skip as reason:
         sys.exit(str(reason))
-    cond = torch.tensor(labels)
+    cond = torch.tensor(labels, device=weights.device)
     if compiled:
         torch._dynamo.reset()
         mode = "reduce-overhead" if cond.device.type == "cuda" else "default"
@@ -117,7 +117,7 @@ def official_rollout(
     return call
 
 
-def _step_bytes(engine: Engine, images: int, tokens: int) -> float:
+def step_bytes(engine: Engine, images: int, tokens: int) -> float:
     """Bytes that an average step must read: every linear weight once, and the rows' keys and values so far."""
     weights = engine.weights
     linear = weights.output.nbytes
@@ -235,7 +235,7 @@ def rows_of(case: Case, rounds: int, seed: int, read: float) -> tuple[list[dict[
         format_ = name.removeprefix("gear_engine ")
         if name != format_:
             engine = case.engines[format_]
-            reached = _step_bytes(engine, images, case.tokens) / (best / 1e3)
+            reached = step_bytes(engine, images, case.tokens) / (best / 1e3)
             row |= {
                 "of_read_%": 100 * reached / read,
                 "outside_%": share_outside(engine, case.labels, case.tokens),

@@ -1,0 +1,218 @@
+"""Whole rollouts by captured steps on a GPU: step times against the floor, what capture costs, and the compiled peers.
+
+    python -m gear_engine.bench.gpu_rollout [--model LlamaGen-B LlamaGen-XL] [--images 1 8 64] [--json OUT]
+    python -m gear_engine.bench.gpu_rollout --peers --official PATH
+    python -m gear_engine.bench.gpu_rollout --smoke | --profile
+
+Weights are random, in bf16, with guidance. ``floor_ms`` is the linear weights and the average cache of a step over the
+read bandwidth measured in the same run; ``equal`` says whether captured and called programs drew the same tokens.
+Philox draws; ``--peers`` runs the official sampler as shipped (fp32), in bf16, and in bf16 compiled with CUDA graphs.
+A compiled peer counts only if no graph was skipped and graphs were launched; otherwise the exit status is 1.
+
+Not run on hardware yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gear_engine import Engine, SamplingParams
+from gear_engine.bench import timing
+from gear_engine.bench.inputs import generator_config, generator_weights
+from gear_engine.bench.rollout import CFG_SCALE, official_rollout, step_bytes
+from gear_engine.config import GeneratorConfig
+from gear_engine.errors import OutOfMemoryError
+from gear_engine.ops import backends
+
+GUIDED = SamplingParams(cfg_scale=CFG_SCALE)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device, rounds: int) -> list[float]:
+    """Seconds of ``rounds`` calls, the device idle before and after each."""
+    found = []
+    for _ in range(rounds):
+        _synchronize(device)
+        start = time.perf_counter()
+        call()
+        _synchronize(device)
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def _labels(images: int, config: GeneratorConfig) -> list[int]:
+    rng = torch.Generator().manual_seed(0)
+    return torch.randint(0, config.num_classes, (images,), generator=rng).tolist()
+
+
+def measure(
+    model: str, images: int, tokens: int, device: torch.device, execution: str, read: float, rounds: int
+) -> dict[str, Any]:
+    """One row: rollouts of ``images`` images with guidance, after everything is captured."""
+    config = generator_config(model)
+    weights = generator_weights(config, 0, device)
+    row: dict[str, Any] = {"model": model, "images": images, "tokens": tokens, "execution": execution}
+    try:
+        options: dict[str, Any] = {"max_images": images, "dtype": torch.bfloat16, "max_new_tokens": tokens}
+        engine = Engine(weights, execution=execution, **options)  # type: ignore[arg-type]
+        called = Engine(weights, execution="eager", **options)
+    except OutOfMemoryError as error:
+        return {**row, "skipped": str(error)}
+    engine.warm_up()
+    labels = _labels(images, config)
+    expected = called.generate(labels, GUIDED)
+    found = engine.generate(labels, GUIDED)
+    del called
+    samples = seconds_of(lambda: engine.generate(labels, GUIDED), device, rounds)
+    step = 1e3 * statistics.median(samples) / tokens
+    floor = 1e3 * step_bytes(engine, images, tokens) / read
+    cost = engine.capture_cost
+    return {
+        **row,
+        "ms_per_step": step,
+        "floor_ms": floor,
+        "of_floor_%": 100 * floor / step,
+        "ms_per_image": 1e3 * statistics.median(samples) / images,
+        "runs": len(samples),
+        "capture_s": cost.seconds,
+        "capture_MiB": cost.nbytes / 2**20,
+        "equal": bool(torch.equal(found, expected)),
+        "backends": dict(engine.ops.backends),
+    }
+
+
+def inductor_counters() -> Counter[str]:
+    """What torch.compile's back end counts; ``cudagraph_skips`` among it."""
+    import torch._dynamo.utils
+
+    found: Counter[str] = torch._dynamo.utils.counters["inductor"]
+    return found
+
+
+def graph_launches(call: Callable[[], Any]) -> int:
+    """CUDA graphs launched by one call, as the profiler sees it."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        call()
+    return sum(event.count for event in profile.key_averages() if event.key == "cudaGraphLaunch")
+
+
+def peers(
+    model: str, images: int, tokens: int, device: torch.device, official: Path, rounds: int
+) -> list[dict[str, Any]]:
+    """The official sampler: as shipped, in bf16, and compiled; ``graphs`` says whether CUDA graphs really ran."""
+    config = generator_config(model)
+    weights = generator_weights(config, 0, device)
+    labels, rows = _labels(images, config), []
+    for name, dtype, compiled in (
+        ("official", torch.float32, False),
+        ("official bf16", torch.bfloat16, False),
+        ("official bf16 compiled", torch.bfloat16, True),
+    ):
+        counters = inductor_counters()
+        counters.clear()
+        call = official_rollout(weights.to(dtype=dtype), labels, tokens, official, compiled=compiled)
+        call()
+        call()
+        row: dict[str, Any] = {"model": model, "images": images, "tokens": tokens, "what": name}
+        if compiled:
+            row["graphs_skipped"] = int(counters["cudagraph_skips"])
+            row["graphs_launched"] = graph_launches(call)
+            row["graphs"] = row["graphs_skipped"] == 0 and row["graphs_launched"] >= tokens - 1
+        samples = seconds_of(call, device, rounds)
+        row["ms_per_step"] = 1e3 * statistics.median(samples) / tokens
+        rows.append(row)
+    return rows
+
+
+def smoke(device: torch.device) -> dict[str, Any]:
+    """The smallest thing that touches everything: all executions that can run, on one small model."""
+    table = {
+        str(dtype).removeprefix("torch."): [list(line) for line in backends.table(device, dtype)]
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    config = GeneratorConfig(dim=128, n_layer=2, n_head=2, vocab_size=256, block_size=16, num_classes=9)
+    labels, params = [1, 5, 7], SamplingParams(cfg_scale=3.0, top_k=50, top_p=0.9, cfg_interval=6)
+    weights = generator_weights(config, 0, device)
+    drawn, graphs = {}, device.type == "cuda"
+    for execution in ("direct", "eager", *(["graph"] if graphs else [])):
+        engine = Engine(weights, max_images=4, execution=execution)  # type: ignore[arg-type]
+        drawn[execution] = engine.generate(labels, params).cpu()
+    on_cpu = Engine(weights.to(torch.device("cpu")), max_images=4).generate(labels, params)
+    equal = {name: bool(torch.equal(tokens, drawn["direct"])) for name, tokens in drawn.items()}
+    share = float((on_cpu == drawn["direct"]).float().mean())
+    return {**timing.provenance(device), "backends": table, "equal_to_direct": equal, "equal_to_cpu_%": 100 * share}
+
+
+def profile(device: torch.device) -> None:
+    """A few called steps and a decoded image: what a profiler looks at."""
+    config = generator_config("LlamaGen-B")
+    engine = Engine(
+        generator_weights(config, 0, device), max_images=8, dtype=torch.bfloat16, max_new_tokens=4, execution="eager"
+    )
+    engine.generate(_labels(8, config), GUIDED)
+    codebook = torch.randn(16384, 8, device=device)
+    run = backends.resolve("codebook_quantize", device, torch.float32).load()
+    run(torch.randn(65536, 8, device=device), codebook, "l2_normalized")
+    _synchronize(device)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m gear_engine.bench.gpu_rollout", description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="one small model by every execution")
+    parser.add_argument("--profile", action="store_true", help="a few steps, for a profiler")
+    parser.add_argument("--peers", action="store_true", help="the official sampler instead of ours")
+    parser.add_argument("--official", type=Path, help="checkout of the official GEAR code")
+    parser.add_argument("--model", nargs="+", default=["LlamaGen-XL", "LlamaGen-B"], help="class-conditional presets")
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further row begins")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--execution", default="graph", choices=["direct", "eager", "graph"])
+    parser.add_argument("--json", type=Path, help="write the record to this file")
+    options = parser.parse_args(arguments)
+    device, begin = torch.device(options.device), time.monotonic()
+    if options.profile:
+        profile(device)
+        return 0
+    if options.smoke:
+        record = smoke(device)
+        print(json.dumps(record, indent=1))
+        return int(not all(record["equal_to_direct"].values()))
+    if options.peers and options.official is None:
+        parser.error("--peers needs --official with a checkout of the official code")
+    read = timing.measure_ceilings(device).read_bandwidth
+    rows: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    for model in options.model:
+        for images in options.images:
+            if time.monotonic() - begin > options.budget:
+                skipped.append(f"{model}, {images} images: the budget of {options.budget:.0f} s is spent")
+            elif options.peers:
+                rows += peers(model, images, options.tokens, device, options.official, options.rounds)
+            else:
+                rows.append(measure(model, images, options.tokens, device, options.execution, read, options.rounds))
+    print(timing.render(rows), *skipped, sep="\n", flush=True)
+    if options.json:
+        record = {"read_bandwidth": read, "cfg_scale": CFG_SCALE, "rows": rows, "skipped": skipped}
+        timing.write_json(options.json, {**timing.provenance(device), **record})
+    return int(not all(row.get("equal", True) and row.get("graphs", True) for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
