@@ -5,6 +5,7 @@ Environment:
     GEAR_CUDA_ARCHS: CUDA architectures in CMake's notation, or ``release`` for all that a wheel ships.
     GEAR_WERROR: ``ON`` makes compiler warnings errors (developers and CI).
     GEAR_SANITIZE: ``address`` or ``thread`` for a sanitizer build.
+    GEAR_GPU_SMOKE: ``ON`` also builds the CUDA op tests that need no torch.
     GEAR_BUILD_DIR: CMake's build folder ; a working copy's default is ``build/cmake-<tag>``.
     MAX_JOBS: number of compile jobs.
 """
@@ -24,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 #: Environment variables that are CMake cache entries of the same name.
-CMAKE_SETTINGS = ("GEAR_CUDA", "GEAR_CUDA_ARCHS", "GEAR_WERROR", "GEAR_SANITIZE")
+CMAKE_SETTINGS = ("GEAR_CUDA", "GEAR_CUDA_ARCHS", "GEAR_WERROR", "GEAR_SANITIZE", "GEAR_GPU_SMOKE")
 #: Packages that live at the top of the repository and are installed inside gear_engine.
 MAPPED_PACKAGES = {"gear_engine.bench": "bench", "gear_engine.triton_kernels": "triton_kernels"}
 

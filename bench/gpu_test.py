@@ -32,8 +32,9 @@ PROFILED = ("decode_attention", "skinny_linear", "sample_tokens", "codebook_quan
 #: Seconds for everything but the peers.
 BUDGET = 570
 _TAIL = 6000
+_BUILD = ROOT / "build" / "gpu-test" / "cmake"
 #: The op tests in C++ without torch, left behind by the build.
-_PROGRAM = ROOT / "build" / "gpu-test" / "cuda_ops"
+_PROGRAM = _BUILD / "gpu_smoke"
 #: Where a Python started by the stages finds the packages that live at the top of the repository.
 _MAPPED = {"gear_engine.bench": "bench", "gear_engine.triton_kernels": "triton_kernels"}
 _HOOK = '''"""Made by bench/gpu_test.py: what an installation would map."""
@@ -188,7 +189,8 @@ def environment(machine: Machine, out: Path, architecture: str | None, goldens: 
     found = dict(machine.environment)
     found["PYTHONPATH"] = os.pathsep.join(filter(None, (str(path), str(ROOT), found.get("PYTHONPATH"))))
     # Another compiler's new warnings are no reason to learn nothing.
-    found |= {"GEAR_CUDA": "ON", "GEAR_CUDA_TEST": "ON", "GEAR_WERROR": "OFF", "PYTHONUNBUFFERED": "1"}
+    found |= {"GEAR_CUDA": "ON", "GEAR_GPU_SMOKE": "ON", "GEAR_WERROR": "OFF"}
+    found |= {"GEAR_BUILD_DIR": str(_BUILD), "PYTHONUNBUFFERED": "1"}
     if architecture is not None:
         found["GEAR_CUDA_ARCHS"] = architecture
     if goldens is not None:
