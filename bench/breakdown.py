@@ -1,4 +1,4 @@
-"""Where a decode step's time goes: kernel by kernel, and what is gap between kernels.
+"""Where the time of a decode step or a rollout goes: kernel by kernel, and what is gap between kernels.
 
 On a CPU the engine's ops are called one by one with a clock around each; a backend that makes the whole step in one
 compiled call is taken apart into the same kernels for this. On a GPU torch.profiler gives the kernels' own times.
@@ -16,12 +16,14 @@ import torch
 
 from gear_engine import Engine
 from gear_engine.bench import counts
+from gear_engine.config import GeneratorConfig
 from gear_engine.ops import GeneratorOps
 from gear_engine.ops.skinny_linear import PackedWeight
 
-__all__ = ["step_breakdown"]
+__all__ = ["breakdown", "rollout_counts", "step_counts"]
 
-_RUNS = 7
+#: Runs whose median counts; fewer where they take long.
+_RUNS, _SECONDS = 7, 2.0
 GAP = "gap"
 
 
@@ -60,15 +62,11 @@ def _layer_name(engine: Engine) -> Callable[..., str]:
     return name
 
 
-def _expected(engine: Engine, rows: int, position: int, dtype: str) -> dict[str, counts.Counts]:
-    """Bytes and operations of each kernel over the whole step."""
-    config = engine.config
+def _linear_counts(config: GeneratorConfig, rows: int, dtype: str, first_out: int) -> dict[str, counts.Counts]:
+    """Bytes and operations of the linear layers over all blocks; the first projection has ``first_out`` outputs."""
     dim, ffn, layers = config.dim, config.ffn_dim, config.n_layer
-    width = counts.ACTIVATION_BYTES[dtype]
-    attention = counts.decode_attention(rows, config.n_head, config.n_kv_head, config.head_dim, position, width)
     return {
-        "qkv": counts.skinny_linear(rows, dim, config.qkv_dim, dtype, norm=True) * layers,
-        "attention": attention * layers,
+        "qkv": counts.skinny_linear(rows, dim, first_out, dtype, norm=True) * layers,
         "attention-out": counts.skinny_linear(rows, dim, dim, dtype, residual=True) * layers,
         "swiglu": counts.skinny_linear(rows, dim, ffn, dtype, norm=True, gate=True) * layers,
         "ffn-out": counts.skinny_linear(rows, ffn, dim, dtype, residual=True) * layers,
@@ -76,34 +74,57 @@ def _expected(engine: Engine, rows: int, position: int, dtype: str) -> dict[str,
     }
 
 
-def step_breakdown(
-    engine: Engine, rows: int, position: int, dtype: str, run: Callable[[GeneratorOps], Callable[[int], Any]]
+def step_counts(config: GeneratorConfig, rows: int, position: int, dtype: str) -> dict[str, counts.Counts]:
+    """Bytes and operations of each kernel over a whole step at image-token index ``position``."""
+    width = counts.ACTIVATION_BYTES[dtype]
+    attention = counts.decode_attention(rows, config.n_head, config.n_kv_head, config.head_dim, position, width)
+    linear = _linear_counts(config, rows, dtype, config.qkv_dim)
+    return {"qkv": linear.pop("qkv"), "attention": attention * config.n_layer, **linear}
+
+
+def rollout_counts(
+    config: GeneratorConfig, images: int, tokens: int, dtype: str, *, guided: bool
+) -> dict[str, counts.Counts]:
+    """The same over a prefill, ``tokens`` - 1 steps and ``tokens`` draws."""
+    rows = images * (2 if guided else 1)
+    draw = counts.sample_tokens(images, config.vocab_size, guided=guided)
+    parts = [_linear_counts(config, rows, dtype, config.kv_dim), {"sample_tokens": draw * tokens}]
+    parts += [step_counts(config, rows, position, dtype) for position in range(tokens - 1)]
+    total: dict[str, counts.Counts] = {}
+    for part in parts:
+        for name, counted in part.items():
+            total[name] = total.get(name, counts.Counts(0, 0)) + counted
+    return total
+
+
+def breakdown(
+    engine: Engine, expected: dict[str, counts.Counts], run: Callable[[GeneratorOps], Callable[[int], Any]]
 ) -> Callable[[], list[dict[str, Any]]]:
-    """A function that measures the parts of one step; ``run(ops)`` makes the call that does the step with those ops."""
+    """A function that measures the parts of a piece of work.
+
+    Args:
+        expected: kernel -> bytes and operations over the whole work; in the order of the parts.
+        run: takes ops and returns the call that does the work with those.
+    """
 
     def on_cpu() -> list[dict[str, Any]]:
-        steps: list[tuple[float, _Clock]] = []
-        for _ in range(_RUNS + 2):
+        runs: list[tuple[float, _Clock]] = []
+        spent = 0.0
+        while len(runs) < 2 or (len(runs) < _RUNS + 1 and spent < _SECONDS):
             clock = _Clock()
-            ops = dataclasses.replace(
-                engine.ops,
-                skinny_linear=clock.timed(_layer_name(engine), engine.ops.skinny_linear),
-                decode_attention=clock.timed(lambda *args, **kwargs: "attention", engine.ops.decode_attention),
-                decode_step=None,
-            )
-            call = run(ops)
+            call = run(_timed_ops(engine, clock))
             start = time.perf_counter()
             call(0)
-            steps.append((time.perf_counter() - start, clock))
-        steps = steps[2:]
-        expected = _expected(engine, rows, position, dtype)
+            runs.append((time.perf_counter() - start, clock))
+            spent += runs[-1][0]
+        runs = runs[1:]
         parts = []
         for name, counted in expected.items():
-            seconds = float(np.median([clock.seconds[name] for _, clock in steps]))
-            calls = steps[0][1].calls[name]
+            seconds = float(np.median([clock.seconds.get(name, 0.0) for _, clock in runs]))
+            calls = runs[0][1].calls.get(name, 0)
             parts.append({"name": name, "seconds": seconds, "calls": calls, "bytes": counted.bytes, "ops": counted.ops})
-        gap = float(np.median([max(0.0, total - sum(clock.seconds.values())) for total, clock in steps]))
-        return [*parts, {"name": GAP, "seconds": gap, "calls": 0, "bytes": None, "ops": None}]
+        gap = float(np.median([max(0.0, total - sum(clock.seconds.values())) for total, clock in runs]))
+        return [*parts, _gap(gap)]
 
     def on_gpu() -> list[dict[str, Any]]:
         call = run(engine.ops)
@@ -112,30 +133,53 @@ def step_breakdown(
     return on_gpu if engine.device.type == "cuda" else on_cpu
 
 
+def _timed_ops(engine: Engine, clock: _Clock) -> GeneratorOps:
+    """The engine's ops with a clock around each; whole steps in one call are left out, so that they come apart."""
+    ops = engine.ops
+    return dataclasses.replace(
+        ops,
+        skinny_linear=clock.timed(_layer_name(engine), ops.skinny_linear),
+        decode_attention=clock.timed(lambda *args, **kwargs: "attention", ops.decode_attention),
+        sample_tokens=clock.timed(lambda *args, **kwargs: "sample_tokens", ops.sample_tokens),
+        decode_step=None,
+    )
+
+
+def _gap(seconds: float) -> dict[str, Any]:
+    return {"name": GAP, "seconds": seconds, "calls": 0, "bytes": None, "ops": None}
+
+
 def _profiled(call: Callable[[], Any], device: torch.device) -> list[dict[str, Any]]:
-    """Device time per kernel name over ``_RUNS`` calls, and the gap to the time between two device events."""
+    """Device time per kernel name over up to ``_RUNS`` calls, and the gap to the time between two device events.
+
+    Not run on hardware yet.
+    """
     from torch.profiler import ProfilerActivity, profile
 
-    for _ in range(3):
+    for _ in range(2):
         call()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    start.record()
-    for _ in range(_RUNS):
-        call()
-    end.record()
-    torch.cuda.synchronize(device)
-    total = start.elapsed_time(end) / 1000 / _RUNS
+
+    def timed(runs: int) -> float:
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(runs):
+            call()
+        end.record()
+        torch.cuda.synchronize(device)
+        return float(start.elapsed_time(end)) / 1000 / runs
+
+    runs = max(1, min(_RUNS, int(_SECONDS / max(timed(1), 1e-6))))
+    total = timed(runs)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(_RUNS):
+        for _ in range(runs):
             call()
         torch.cuda.synchronize(device)
     parts = []
     for event in sorted(profiler.key_averages(), key=lambda each: -each.self_device_time_total):
-        seconds = event.self_device_time_total / 1e6 / _RUNS
+        seconds = event.self_device_time_total / 1e6 / runs
         if seconds > 0:
             parts.append(
-                {"name": event.key[:80], "seconds": seconds, "calls": event.count / _RUNS, "bytes": None, "ops": None}
+                {"name": event.key[:80], "seconds": seconds, "calls": event.count / runs, "bytes": None, "ops": None}
             )
-    gap = max(0.0, total - sum(part["seconds"] for part in parts))
-    return [*parts, {"name": GAP, "seconds": gap, "calls": 0, "bytes": None, "ops": None}]
+    return [*parts, _gap(max(0.0, total - sum(part["seconds"] for part in parts)))]

@@ -17,9 +17,11 @@ from gear_engine.tokenizers import build_tokenizer
 __all__ = [
     "Counts",
     "codebook_quantize",
+    "conv_rows",
     "decode_attention",
     "decode_step",
     "decoder",
+    "dual_readout",
     "group_norm_silu",
     "prefill",
     "residual_moments",
@@ -110,6 +112,21 @@ def soft_readout(vectors: int, codes: int, width: int, channels: int, element: i
     """z, codebook and table read, the result written; 2 N K (d + C) to multiply, 4 N K for softmax."""
     moved = element * (vectors * (width + channels) + codes * (width + channels))
     return Counts(moved, 2 * vectors * codes * (width + channels) + 4 * vectors * codes)
+
+
+def dual_readout(vectors: int, codes: int, width: int, channels: int, element: int = 4) -> Counts:
+    """:func:`soft_readout`, and of every vector its nearest code: an int64 index written, N K to compare."""
+    return soft_readout(vectors, codes, width, channels, element) + Counts(8 * vectors, vectors * codes)
+
+
+def conv_rows(rows: int, width: int, inputs: int, outputs: int, edge: int, element: int = 4) -> Counts:
+    """``rows`` rows of a convolution with a column of zeros at either side: source, weight and result once.
+
+    2 in k k per number of the result.
+    """
+    numbers = rows * (width + 3 - edge) * outputs
+    moved = (rows + edge - 1) * width * inputs + outputs * inputs * edge**2 + numbers
+    return Counts(element * moved, 2 * numbers * inputs * edge**2)
 
 
 def group_norm_silu(edge: int, channels: int, groups: int, element: int = 4, out_element: int = 4) -> Counts:

@@ -156,9 +156,13 @@ class _Recorder:
         outcomes = _check(work) if self.run.check else {}
         before = self.sampler.snapshot()
         earlier = self.last = self.last | self.control.measure()
-        every = take_samples(
-            work.implementations, copies=work.copies, limits=self.run.limits, device=self.context.device, tick=tick
-        )
+
+        def between_turns() -> None:
+            self.sampler.watch()
+            tick()
+
+        device, limits = self.context.device, self.run.limits
+        every = take_samples(work.implementations, copies=work.copies, limits=limits, device=device, tick=between_turns)
         self.last = self._condition(before)
         flags = flags_between(earlier, self.last)
         control = {name: (earlier[name] * self.last[name]) ** 0.5 for name in ("bandwidth", "rate")}
@@ -170,7 +174,7 @@ class _Recorder:
             row["check"] = outcomes.get(name)
             row["control"] = control
             row["flags"] = flags + self._own_flags(row, work)
-            if self.run.breakdown and name in work.breakdown:
+            if self.run.breakdown and series.implementation.role == "engine" and name in work.breakdown:
                 row["breakdown"] = work.breakdown[name]()
             if name in work.timeline:
                 row["timeline"] = work.timeline[name]()

@@ -22,7 +22,7 @@ from gear_engine.ops import backends
 from gear_engine.tokenizers import Tokenizer, build_tokenizer
 
 __all__ = [
-    "TORCH_DTYPES", "generator_config", "generator_weights", "largest_error", "official_generator",
+    "TORCH_DTYPES", "generator_config", "generator_weights", "largest_error", "official_generator", "official_sampler",
     "official_tokenizer", "own_backends", "share_unequal", "tokenizer",
 ]  # fmt: skip
 
@@ -197,6 +197,11 @@ def official_generator(context: Context, weights: GeneratorWeights) -> tuple[Any
     if missing:
         raise Skip(f"the official model has weights that ours has not: {', '.join(sorted(missing))}")
     return model.to(context.device).eval().requires_grad_(False), _official(context.official, "models.generate")
+
+
+def official_sampler(context: Context) -> Any:
+    """The official ``sample(logits [B, T, V], temperature, top_k, top_p)``."""
+    return _official(context.official, "models.generate").sample
 
 
 def _in_order(weights: GeneratorWeights, names: list[str]) -> Iterator[Any]:

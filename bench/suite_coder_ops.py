@@ -8,8 +8,9 @@ import torch
 
 from gear_engine.bench import counts
 from gear_engine.bench.inputs import largest_error, op_work, share_unequal
-from gear_engine.bench.registry import Benchmark, Context, Work, register
+from gear_engine.bench.registry import Benchmark, Context, Skip, Work, register
 from gear_engine.errors import InvalidRequestError
+from gear_engine.ops import conv_rows
 
 GROUPS = 32
 
@@ -46,6 +47,44 @@ def _soft_readout(params: dict[str, Any], context: Context) -> Work:
 
     check = (largest_error, 1e-4, "max|a-b|/max|b|")
     return op_work("soft_readout", torch.float32, run, context, counted, (vectors, "vector"), 1, check)
+
+
+def _dual_readout(params: dict[str, Any], context: Context) -> Work:
+    vectors, codes, width, channels = (params[name] for name in ("vectors", "codes", "width", "channels"))
+    rng = context.generator()
+    sizes = ((vectors, width), (codes, width), (codes, channels))
+    z, codebook, table = (torch.randn(size, generator=rng, device=context.device) for size in sizes)
+
+    def run(function: Any) -> Any:
+        return lambda index: function(z, codebook, table, 0.3, "l2")[1]
+
+    check = (largest_error, 1e-4, "max|a-b|/max|b| of the mixture")
+    counted = counts.dual_readout(vectors, codes, width, channels)
+    return op_work("dual_readout", torch.float32, run, context, counted, (vectors, "vector"), 1, check)
+
+
+def _conv(params: dict[str, Any], context: Context) -> Work:
+    rows, width, inputs, outputs, edge = (params[name] for name in ("rows", "width", "inputs", "outputs", "edge"))
+    if context.device.type != "cpu":
+        raise Skip("conv_rows is a kernel of CPUs")
+    if edge not in (2, 3):
+        raise InvalidRequestError(f"edge {edge} must be 2 or 3")
+    counted = counts.conv_rows(rows, width, inputs, outputs, edge)
+    copies = context.copies(counted.bytes)
+    source = torch.randn(copies, rows + edge - 1, width, inputs, generator=context.generator())
+    kernel = conv_rows.pack(torch.randn(outputs, inputs, edge, edge) / (inputs * edge**2) ** 0.5)
+
+    def run(function: Any) -> Any:
+        out = torch.empty(rows, width + 3 - edge, outputs)
+
+        def call(index: int) -> torch.Tensor:
+            function(source[index], kernel, None, out)
+            return out
+
+        return call
+
+    check = (largest_error, 1e-5, "max|a-b|/max|b|")
+    return op_work("conv_rows", torch.float32, run, context, counted, (rows, "row"), copies, check)
 
 
 def _group_norm(params: dict[str, Any], context: Context) -> Work:
@@ -96,6 +135,14 @@ def _moments(params: dict[str, Any], context: Context) -> Work:
 _SIZES = ((16, 512), (64, 256), (256, 128))
 _IMAGES = [{"edge": (edge,), "channels": (channels,)} for edge, channels in _SIZES]
 
+#: Strips of a VQ-16 decoder at 256 px.
+_STRIPS = [
+    {"rows": (rows,), "width": (width,), "inputs": (inputs,), "outputs": (outputs,), "edge": (edge,)}
+    for rows, width, inputs, outputs, edge in (
+        (16, 16, 512, 512, 3), (32, 64, 256, 256, 3), (32, 256, 128, 128, 3), (32, 128, 128, 512, 2)
+    )
+]  # fmt: skip
+
 register(
     Benchmark(
         "sign_bits",
@@ -119,6 +166,29 @@ register(
         {
             "standard": [{"vectors": (256,), "codes": (16384,), "width": (8,), "channels": (768,)}],
             "full": [{"vectors": (256, 1024), "codes": (16384,), "width": (8, 256), "channels": (768,)}],
+        },
+    )
+)
+register(
+    Benchmark(
+        "dual_readout",
+        "the hard code and the soft mixture of every latent, forward only",
+        _dual_readout,
+        {
+            "standard": [{"vectors": (256,), "codes": (16384,), "width": (8,), "channels": (768,)}],
+            "full": [{"vectors": (256, 8192), "codes": (16384,), "width": (8, 256), "channels": (768,)}],
+        },
+    )
+)
+register(
+    Benchmark(
+        "conv_rows",
+        "fp32 convolution of a strip of channels-last rows",
+        _conv,
+        {
+            "quick": _STRIPS[2:3],
+            "standard": _STRIPS,
+            "full": _STRIPS,
         },
     )
 )

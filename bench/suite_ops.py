@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from gear_engine.bench.inputs import (
     compiled,
     generator_config,
     largest_error,
+    official_sampler,
     op_work,
     own_backends,
     share_unequal,
 )
-from gear_engine.bench.registry import Benchmark, Check, Context, Implementation, Work, register
+from gear_engine.bench.registry import Benchmark, Check, Context, Implementation, Skip, Work, register
 from gear_engine.errors import InvalidRequestError
 from gear_engine.models.rope import rope_table
 from gear_engine.ops import backends
@@ -145,7 +147,21 @@ def _sampling(params: dict[str, Any], context: Context) -> Work:
         return call
 
     kind_of_check = (share_unequal, 0.0, "share of tokens that differ")
-    return op_work("sample_tokens", torch.float32, run, context, counted, (images, "image"), copies, kind_of_check)
+    work = op_work("sample_tokens", torch.float32, run, context, counted, (images, "image"), copies, kind_of_check)
+    if "official" not in context.peers:
+        return work
+    try:
+        sample = official_sampler(context)
+    except Skip as reason:
+        return replace(work, skipped={**work.skipped, "official": str(reason)})
+
+    def official(index: int) -> Any:
+        # In a tuple: it draws from torch's generator, so its tokens are not to be held against Philox's.
+        rows = logits[index]
+        combined = rows[images:] + (rows[:images] - rows[images:]) * settings.cfg_scale if guided else rows
+        return (sample(combined[:, None], top_k=params["top_k"], top_p=params["top_p"])[0],)
+
+    return replace(work, implementations=[*work.implementations, Implementation("official", "peer", official)])
 
 
 _B, _MODELS = ("LlamaGen-B",), ("LlamaGen-B", "LlamaGen-XL")

@@ -1,23 +1,17 @@
-"""Tokenizers and whole images: codebook quantization, decoding, labels to pixels."""
+"""Tokenizers: codebook quantization and decoding."""
 
 from __future__ import annotations
 
-import itertools
-import time
 from typing import Any
 
 import torch
 
-from gear_engine import Engine, SamplingParams
 from gear_engine.bench import counts
 from gear_engine.bench.codebook_quantize import faiss_flat, official_form
 from gear_engine.bench.inputs import (
     BOUND,
     RATE,
     TORCH_DTYPES,
-    check_dtype,
-    generator_config,
-    generator_weights,
     largest_error,
     official_tokenizer,
     own_backends,
@@ -28,7 +22,6 @@ from gear_engine.bench.registry import Benchmark, Check, Context, Implementation
 from gear_engine.errors import BackendUnavailableError, InvalidRequestError
 from gear_engine.ops import backends
 from gear_engine.tokenizers import Decoder
-from gear_engine.tokenizers.images import to_uint8
 
 METRICS = ("l2", "l2_normalized", "inner_product")
 
@@ -129,74 +122,7 @@ def _noise_to_peak(output: torch.Tensor, reference: torch.Tensor) -> float:
     return float((output - reference).double().square().mean().sqrt() / spread)
 
 
-def _end_to_end(params: dict[str, Any], context: Context) -> Work:
-    config = generator_config(params["model"])
-    images, total = params["images"], config.block_size
-    coder = tokenizer(params["tokenizer"], context.seed, context.device)
-    if coder.config.num_codebooks != 1 or coder.config.codebook_size != config.vocab_size:
-        raise InvalidRequestError(f"{params['tokenizer']} does not have the generator's {config.vocab_size} codes")
-    dtype, kind = TORCH_DTYPES[check_dtype(params["dtype"])]
-    names, skipped = own_backends("skinny_linear", dtype, context)
-    weights = generator_weights(config, context.seed, context.device)
-    pixels = config.grid_size * coder.config.downsample
-    latent = coder.latent_shape(images, pixels, pixels)
-    settings = SamplingParams(cfg_scale=4.0 if params["guided"] else 1.0)
-    labels = [index * 37 % config.num_classes for index in range(images)]
-    asked = "auto" if "auto" in context.backends else None
-
-    def decode(tokens: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            return to_uint8(coder.decode_code(tokens.long(), latent))
-
-    implementations, timeline = [], {}
-    for name in names:
-        engine = Engine(weights, max_images=images, dtype=dtype, backend=asked or name, weight_format=kind)
-
-        def call(index: int, engine: Engine = engine) -> torch.Tensor:
-            return decode(engine.generate(labels, settings, rng="philox"))
-
-        def phases(engine: Engine = engine) -> list[dict[str, Any]]:
-            return _timeline(engine, labels, settings, decode, total)
-
-        implementations.append(Implementation(name, "engine", call))
-        timeline[name] = phases
-    rollout = counts.rollout(config, images, total, params["dtype"], guided=params["guided"])
-    return Work(
-        implementations,
-        rollout + counts.decoder(coder.config, images, pixels, pixels),
-        RATE[params["dtype"]],
-        images,
-        "image",
-        timeline=timeline,
-        skipped=skipped,
-    )
-
-
-def _timeline(
-    engine: Engine, labels: list[int], settings: SamplingParams, decode: Any, total: int
-) -> list[dict[str, Any]]:
-    """Prefill, the quarters of the decode steps, image decoding; seconds since the start."""
-    marks: list[float] = []
-
-    def mark(*_: Any) -> None:
-        if engine.device.type == "cuda":
-            torch.cuda.synchronize(engine.device)
-        marks.append(time.perf_counter())
-
-    start = time.perf_counter()
-    tokens = engine.generate(labels, settings, rng="philox", callback=mark)
-    decode(tokens)
-    mark()
-    at = [each - start for each in marks]
-    phases = [{"name": "prefill, token 1", "start": 0.0, "end": at[0]}]
-    edges = [0, *(round(total * part / 4) - 1 for part in (1, 2, 3, 4))]
-    for first, last in itertools.pairwise(edges):
-        if last > first:
-            phases.append({"name": f"tokens {first + 2}-{last + 1}", "start": at[first], "end": at[last]})
-    return [*phases, {"name": "image decoder", "start": at[total - 1], "end": at[total]}]
-
-
-_B, _VQ = ("LlamaGen-B",), ("VQ-16",)
+_VQ = ("VQ-16",)
 _KINDS: list[dict[str, Any]] = [
     {"metric": ("l2_normalized",), "width": (8,)},
     {"metric": ("l2",), "width": (14,)},
@@ -241,28 +167,6 @@ register(
                     "images": (1, 2, 4, 8, 16, 32, 64),
                     "pixels": (256, 384, 512),
                     "dtype": ("fp32", "bf16"),
-                }
-            ],
-        },
-    )
-)
-register(
-    Benchmark(
-        "end_to_end",
-        "labels to uint8 images",
-        _end_to_end,
-        {
-            "quick": [{"model": _B, "tokenizer": _VQ, "images": (1,), "guided": (True,), "dtype": ("int8-packed",)}],
-            "standard": [
-                {"model": _B, "tokenizer": _VQ, "images": (1, 4), "guided": (True,), "dtype": ("fp32", "int8-packed")}
-            ],
-            "full": [
-                {
-                    "model": ("LlamaGen-S", "LlamaGen-B", "LlamaGen-L", "LlamaGen-XL", "LlamaGen-XXL", "LlamaGen-XXXL"),
-                    "tokenizer": _VQ,
-                    "images": (1, 2, 4, 8, 16, 32, 64),
-                    "guided": (True, False),
-                    "dtype": ("fp32", "bf16", "int8-packed"),
                 }
             ],
         },

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gear_engine import ops
-from gear_engine.bench import registry
+from gear_engine.bench import counts, registry
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -141,7 +141,8 @@ def test_an_op_has_one_name_in_every_place(op: str) -> None:
     ):
         assert (backend in found) == (ROOT / place).is_file(), f"{place} and the {backend!r} backend go together"
     assert (ROOT / "tests" / "ops" / f"test_{op}.py").is_file(), "no test"
-    assert (ROOT / "bench" / f"{op}.py").is_file() or op in registry.benchmarks(), "no benchmark"
+    assert op in registry.benchmarks(), "`gear-engine bench` does not run it: register it in bench/suite_*.py"
+    assert callable(getattr(counts, op, None)), "bench/counts.py does not count its bytes and operations"
 
 
 def test_no_orphan() -> None:

@@ -1,7 +1,12 @@
-"""How the machine was while it was measured: clocks, load, stolen time, throttling; and what of it to flag."""
+"""How the machine was while it was measured: clocks, load, stolen time, throttling; and what of it to flag.
+
+The counters of a case are differences of two snapshots around it; clocks, power, temperature and throttling are also
+sampled between its turns, where a GPU is warm from its work.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -19,6 +24,18 @@ CLOCK_MOVE = 0.05
 STEAL_SHARE = 0.02
 OTHERS_SHARE = 0.05
 CONTROL_MOVE = 0.10
+POWER_MOVE = 0.25
+TEMPERATURE_MOVE = 8.0
+#: Seconds between two samples during a case.
+_PERIOD = 0.2
+#: What is sampled during a case: key -> (label, unit, share by which it may move).
+_WATCHED = {
+    "mhz": ("CPU clock", "MHz", CLOCK_MOVE),
+    "sm_clock_mhz": ("SM clock", "MHz", CLOCK_MOVE),
+    "memory_clock_mhz": ("memory clock", "MHz", CLOCK_MOVE),
+    "power_w": ("power", "W", POWER_MOVE),
+    "temperature_c": ("temperature", "°C", None),
+}
 
 
 @dataclass(frozen=True)
@@ -46,15 +63,28 @@ class ConditionSampler:
     def __init__(self, device: torch.device) -> None:
         self._gpu = (device.index or 0) if device.type == "cuda" else None
         self._start = time.monotonic()
+        self._readings: list[dict[str, Any]] = []
+        self._last = -math.inf
 
-    def snapshot(self) -> Snapshot:
-        times = _proc_stat()
-        values: dict[str, Any] = {"load": os.getloadavg()[0]}
+    def watch(self) -> None:
+        """Samples what moves, if the last sample is old; called between turns, outside of what is timed."""
+        now = time.monotonic()
+        if now - self._last >= _PERIOD:
+            self._last = now
+            self._readings.append(self._values())
+
+    def _values(self) -> dict[str, Any]:
+        values: dict[str, Any] = {}
         clock = _mhz()
         if clock is not None:
             values["mhz"] = clock
         if self._gpu is not None:
             values |= nvml.sample(self._gpu)
+        return values
+
+    def snapshot(self) -> Snapshot:
+        times = _proc_stat()
+        values: dict[str, Any] = {"load": os.getloadavg()[0], **self._values()}
         total = busy = steal = None
         if times is not None:
             total, busy, steal = times
@@ -63,8 +93,22 @@ class ConditionSampler:
         return Snapshot(time.monotonic(), total, busy, steal, own, values)
 
     def between(self, before: Snapshot, after: Snapshot) -> dict[str, Any]:
-        """``at_s`` (of ``after``, since the sampler was made), its values, and shares of CPU time since ``before``."""
+        """``at_s`` (of ``after``, since the sampler was made), its values, and shares of CPU time since ``before``.
+
+        With samples taken by :meth:`watch` since the last call, their ranges and every reason for throttling.
+        """
         entry = {"at_s": round(after.at - self._start, 3), **after.values}
+        readings, self._readings = self._readings, []
+        ranges = {}
+        for name in _WATCHED:
+            seen = [reading[name] for reading in readings if name in reading]
+            if seen:
+                ranges[name] = [min(seen), max(seen)]
+        if ranges:
+            entry["ranges"] = ranges
+        reasons = {reason for reading in [*readings, after.values] for reason in reading.get("throttle", [])}
+        if reasons:
+            entry["throttle"] = sorted(reasons)
         if None not in (before.total, after.total, before.busy, after.busy, before.steal, after.steal):
             elapsed = after.total - before.total  # type: ignore[operator]
             # Ticks are 10 ms: over shorter stretches a share says nothing.
@@ -100,11 +144,11 @@ def _mhz() -> float | None:
 def flags_between(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """What moved between two ``conditions`` entries or disturbed the time between them, in words."""
     found = []
-    for name, label in (("mhz", "CPU clock"), ("sm_clock_mhz", "SM clock"), ("memory_clock_mhz", "memory clock")):
-        if before.get(name) and after.get(name):
-            move = after[name] / before[name] - 1
-            if abs(move) > CLOCK_MOVE:
-                found.append(f"{label} moved {move:+.0%}")
+    for name, (low, high) in after.get("ranges", {}).items():
+        label, unit, share = _WATCHED[name]
+        moved = high - low > TEMPERATURE_MOVE if share is None else high > low * (1 + share)
+        if moved:
+            found.append(f"{label} moved between {low:.0f} and {high:.0f} {unit}")
     for name, label in (("bandwidth", "bandwidth"), ("rate", "multiply rate")):
         if before.get(name) and after.get(name):
             move = after[name] / before[name] - 1

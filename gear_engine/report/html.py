@@ -103,7 +103,9 @@ def _stacks(rows: Sequence[tuple[Row, list[tuple[str, float, float]]]]) -> dict[
             }
             for name, start, end in parts
         ]
-        label = ", ".join([row.implementation, *(f"{name}={value}" for name, value in row.params.items())])
+        label = ", ".join(
+            [row.benchmark, row.implementation, *(f"{name}={value}" for name, value in row.params.items())]
+        )
         bars.append({"label": label, "total": seconds_text(total), "parts": shown})
     return {"bars": bars, "legend": [{"name": name, "colour": colour[name]} for name in names]}
 
@@ -125,7 +127,8 @@ def _conditions(report: Report) -> list[tuple[str, str]]:
     ]
     found = []
     for key, label, text in kinds:
-        values = [entry[key] for entry in entries if key in entry]
+        values = [value for entry in entries for value in (*entry.get("ranges", {}).get(key, ()), entry.get(key))]
+        values = [value for value in values if value is not None]
         if values:
             low, high = text(min(values)), text(max(values))
             found.append((label, low if low == high else f"{low} to {high}"))
@@ -175,5 +178,5 @@ def report_html(report: Report) -> str:
             ],
         },
         unsettled=sum(not row.data["settled"] for row in rows),
-        numeric={"median", "IQR", "p10 to p90", "throughput", "floor", "of floor"},
+        numeric={"median", "IQR", "p10 to p90", "p99", "wall clock", "throughput", "floor", "of floor"},
     )

@@ -34,7 +34,7 @@ def report_markdown(report: Report, images: Mapping[str, str]) -> str:
     parts += [_table(("", " "), [{"": f"**{what}**", " ": value} for what, value in device_lines(report)]), ""]
     for title, file in images.items():
         parts += [f"![{title}]({file})", ""]
-    right = frozenset({"median", "IQR", "throughput", "floor", "of floor"})
+    right = frozenset({"median", "IQR", "p99", "wall clock", "throughput", "floor", "of floor"})
     for name, rows in report.by_benchmark().items():
         cells = [row_cells(row, rows) for row in rows]
         columns = [column for column in COLUMNS if any(cell[column] for cell in cells)]

@@ -20,6 +20,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 #: The same, dark enough for white text on them.
 _FILLS = ("#0072b2", "#c65102", "#00805f", "#a8558a", "#946200", "#5560b8")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+#: Stacked bars beyond these make no readable figure; the page and the Markdown hold all.
+_MOST_STACKS = 24
 _INK, _PAPER, _RULE = "#1b1f24", "#ffffff", "#d0d7de"
 _FAMILY = "DejaVu Sans"
 
@@ -178,16 +180,16 @@ def _stacked_figure(title: str, bars: list[tuple[str, list[tuple[str, float, flo
 
 def _labelled(row: Row) -> str:
     params = ", ".join(f"{name}={value}" for name, value in row.params.items() if name not in ("position", "tokenizer"))
-    return shortened(f"{row.implementation}, {params}")
+    return shortened(f"{row.benchmark}, {row.implementation}, {params}", 100)
 
 
 def _breakdown_figure(report: Report) -> Any | None:
-    bars = [(_labelled(row), parts) for row, parts in breakdown_rows(report)]
-    return _stacked_figure("Where a decode step's time goes (kernels called one by one)", bars)
+    bars = [(_labelled(row), parts) for row, parts in breakdown_rows(report)][:_MOST_STACKS]
+    return _stacked_figure("Where the time goes (kernels called one by one)", bars)
 
 
 def _timeline_figure(report: Report) -> Any | None:
-    bars = [(_labelled(row), parts) for row, parts in timeline_rows(report)]
+    bars = [(_labelled(row), parts) for row, parts in timeline_rows(report)][:_MOST_STACKS]
     return _stacked_figure("From labels to images", bars)
 
 
@@ -196,7 +198,7 @@ PLOTS: dict[str, tuple[str, Callable[[Report], Any | None]]] = {
     "latency.png": ("Latency against batch", lambda report: _curves_figure(report, False)),
     "throughput.png": ("Throughput against batch", lambda report: _curves_figure(report, True)),
     "floor.png": ("Share of the floor per op", _floor_figure),
-    "breakdown.png": ("Decode step, kernel by kernel", _breakdown_figure),
+    "breakdown.png": ("Decode steps and rollouts, kernel by kernel", _breakdown_figure),
     "timeline.png": ("End-to-end timeline", _timeline_figure),
 }
 

@@ -86,6 +86,11 @@ class Row:
         return summarize(self.samples)
 
     @property
+    def wall_median(self) -> float:
+        """Seconds per call by the wall clock: beside device events, what the host adds."""
+        return summarize(self.data["samples"]).median
+
+    @property
     def throughput(self) -> float:
         """Items per second."""
         return float(self.data["items"]) / self.summary.median

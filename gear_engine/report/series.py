@@ -104,7 +104,7 @@ def floor_rows(report: Report) -> list[tuple[str, Row]]:
 
 
 def breakdown_rows(report: Report) -> list[tuple[Row, list[tuple[str, float, float]]]]:
-    """The engine's decode steps as consecutive parts (name, start, end), the largest eight and the rest together."""
+    """The engine's decode steps and rollouts as consecutive parts (name, start, end), the largest eight and a rest."""
     found = []
     for row in report.rows:
         parts = row.data.get("breakdown")

@@ -12,7 +12,7 @@ __all__ = ["csv_text"]
 
 COLUMNS = (
     "device", "commit", "benchmark", "implementation", "role", "params", "samples",
-    "median_s", "p10_s", "p25_s", "p75_s", "p90_s", "p99_s", "iqr_s", "noise", "settled",
+    "median_s", "p10_s", "p25_s", "p75_s", "p90_s", "p99_s", "iqr_s", "wall_median_s", "noise", "settled",
     "items", "item", "items_per_s", "bytes", "ops", "floor_s", "bound_by", "of_floor", "check", "check_error", "flags",
 )  # fmt: skip
 
@@ -28,6 +28,7 @@ def _line(report: Report, row: Row) -> dict[str, Any]:
         "params": ";".join(f"{name}={value}" for name, value in row.params.items()),
         "samples": summary.count,
         **{f"{name}_s": getattr(summary, name) for name in ("median", "p10", "p25", "p75", "p90", "p99", "iqr")},
+        "wall_median_s": row.wall_median,
         "noise": summary.noise,
         "settled": row.data["settled"],
         "items": row.data["items"],

@@ -15,7 +15,7 @@ __all__ = [
 
 #: Columns of a report's table; see :func:`row_cells`.
 COLUMNS = (
-    "work", "implementation", "median", "IQR", "p10 to p90", "throughput", "faster than",
+    "work", "implementation", "median", "IQR", "p10 to p90", "p99", "wall clock", "throughput", "faster than",
     "floor", "of floor", "check", "flags",
 )  # fmt: skip
 
@@ -86,6 +86,8 @@ def row_cells(row: Row, group: Sequence[Row] = ()) -> dict[str, str]:
         "median": seconds_text(summary.median),
         "IQR": seconds_text(summary.iqr),
         "p10 to p90": f"{seconds_text(summary.p10)} to {seconds_text(summary.p90)}",
+        "p99": seconds_text(summary.p99),
+        "wall clock": seconds_text(row.wall_median) if row.data.get("device_samples") else "",
         "throughput": throughput_text(row),
         "faster than": against_text(row, group),
         "floor": "-" if floor is None else f"{seconds_text(floor[0])} ({floor[1]})",

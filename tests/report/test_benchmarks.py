@@ -101,7 +101,14 @@ def test_selection() -> None:
     assert len({case.id for case in quick}) == len(quick) < len(standard)
     grid = {"images": ["3"], "dtype": ["bf16"], "guided": ["no"]}
     (case,) = select(["decode_step"], "quick", grid, None)
-    assert case.params == {"model": "LlamaGen-B", "images": 3, "guided": False, "dtype": "bf16", "position": 127}
+    assert case.params == {
+        "model": "LlamaGen-B",
+        "images": 3,
+        "pixels": 256,
+        "guided": False,
+        "dtype": "bf16",
+        "position": 127,
+    }
     assert all("images=8" in case.id for case in select([], "standard", {}, "images=8"))
 
 

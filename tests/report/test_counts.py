@@ -6,8 +6,11 @@ import pytest
 
 from gear_engine.bench import counts
 from gear_engine.bench.counts import Counts
-from gear_engine.config import GENERATOR_PRESETS, TOKENIZER_PRESETS, GeneratorConfig
+from gear_engine.config import GENERATOR_PRESETS, TOKENIZER_PRESETS, GeneratorConfig, TokenizerConfig
 
+GROUPED = GeneratorConfig(
+    dim=8, n_layer=2, n_head=2, n_kv_head=1, ffn_dim=12, vocab_size=6, block_size=9, num_classes=3
+)
 TINY = GeneratorConfig(dim=8, n_layer=1, n_head=2, ffn_dim=16, vocab_size=10, block_size=4, num_classes=3)
 
 
@@ -57,6 +60,13 @@ def test_coder_ops() -> None:
     # z 2 x 3, codebook 5 x 3, table 5 x 7, result 2 x 7; 2 * 10 * 10 + 4 * 10
     assert counts.soft_readout(2, 5, 3, 7) == Counts(24 + 60 + 140 + 56, 200 + 40)
     assert counts.soft_readout(1, 1, 1, 1) == Counts(16, 4 + 4)
+    # the same and an int64 per vector; a comparison per vector and code
+    assert counts.dual_readout(2, 5, 3, 7) == Counts(24 + 60 + 140 + 56 + 16, 240 + 10)
+    assert counts.dual_readout(1, 1, 1, 1) == Counts(16 + 8, 8 + 1)
+    # source 6 x 5 x 2, weight 3 x 2 x 3 x 3, result 4 x 5 x 3; 18 multiply-adds per number
+    assert counts.conv_rows(4, 5, 2, 3, 3) == Counts(4 * (60 + 54 + 60), 2 * 60 * 18)
+    # source 2 x 3 x 4, weight 1 x 4 x 2 x 2, result 1 x 4 x 1; 16 multiply-adds per number
+    assert counts.conv_rows(1, 3, 4, 1, 2) == Counts(4 * (24 + 16 + 4), 2 * 4 * 16)
     # 4 x 4 x 32 numbers read and written, 4 rows of 32 groups with two doubles, weight and bias
     assert counts.group_norm_silu(4, 32, 32) == Counts(2048 + 2048 + 4 * 32 * 16 + 256, 6 * 512)
     assert counts.group_norm_silu(1, 64, 32, 4, 2) == Counts(256 + 128 + 512 + 512, 6 * 64)
@@ -68,6 +78,11 @@ def test_decode_step() -> None:
     # qkv 768 + 32 + 96 + 32, attention 96 + 32 + 64 + 32 + 16, wo 256 + 32 + 64, swiglu 1024 + 32 + 64 + 32,
     # w2 512 + 64 + 64, head 320 + 32 + 40 + 32, an embedding 32
     assert counts.decode_step(TINY, 1, 0, "fp32").bytes == 928 + 240 + 352 + 1152 + 640 + 424 + 32
+    # Three rows of GROUPED at token 2 in bf16. A block: qkv 256 + 48 + 96 + 16, wo 128 + 48 + 96,
+    # swiglu 384 + 48 + 72 + 16, w2 192 + 72 + 96, attention 96 + 120 + 96 + 16; then head 96 + 48 + 36 + 16,
+    # embeddings 48.
+    # Operations of a block: 768 + 96, 384 + 24, 1152 + 96 + 180, 576 + 24, 6 (24 + 12 + 32) + 108; head 288 + 96.
+    assert counts.decode_step(GROUPED, 3, 2, "bf16") == Counts(2 * 1896 + 196 + 48, 2 * 3816 + 384)
     # LlamaGen-B in bf16: 2 [L (4 d^2 + 3 d f) + V d] of weights and 4 L d bytes of cache per row and token
     base = GENERATOR_PRESETS["LlamaGen-B"]
     weights = 2 * (12 * (4 * 768**2 + 3 * 768 * 2048) + 16384 * 768)
@@ -81,6 +96,16 @@ def test_decode_step() -> None:
 def test_prefill_and_rollout() -> None:
     # the value rows of wqkv only: 256 + 32 + 32 + 32; wo, swiglu, w2, head as above; a table row and a mean value of 32
     assert counts.prefill(TINY, 1, "fp32").bytes == 352 + 352 + 1152 + 640 + 424 + 64
+    # A block of GROUPED: values 64 + 48 + 24 + 16, wo 272, swiglu 520, w2 360; head 196; rows and values 96.
+    assert counts.prefill(GROUPED, 3, "bf16") == Counts(
+        2 * (152 + 272 + 520 + 360) + 196 + 96, 2 * (288 + 408 + 1428 + 600) + 384
+    )
+    # prefill 2984, a step 3768, two draws of 40 + 8
+    assert counts.rollout(TINY, 1, 2, "fp32", guided=False).bytes == 2984 + 3768 + 96
+    # prefill 2900, 5832; a step at token 0: 192 bytes of cache and 456 operations fewer than at token 2; two draws
+    assert counts.rollout(GROUPED, 3, 2, "bf16", guided=False) == Counts(
+        2900 + 4036 - 192 + 2 * 96, 5832 + 8016 - 456 + 2 * 108
+    )
     step, draw = counts.decode_step(TINY, 1, 0, "fp32"), counts.sample_tokens(1, 10, guided=False)
     assert counts.rollout(TINY, 1, 2, "fp32", guided=False) == counts.prefill(TINY, 1, "fp32") + step + draw * 2
     longer = counts.rollout(TINY, 1, 3, "fp32", guided=True)
@@ -88,6 +113,22 @@ def test_prefill_and_rollout() -> None:
 
 
 def test_decoder() -> None:
+    # Two levels, 64 and 32 channels wide, a 4 x 4 latent of 8 x 8 pixels: convolutions first, then what attends.
+    config = TokenizerConfig(
+        family="vq", codebook_size=16, z_channels=16, ch=32, ch_mult=(1, 2), num_res_blocks=1, downsample=2
+    )
+    wide = 2 * 16 * 9 * 64 * 64  # a 3 x 3 convolution at 4 x 4
+    convolutions = 2 * 16 * 8 * 16 + 2 * 16 * 9 * 16 * 64  # post_quant_conv, conv_in
+    convolutions += 2 * 2 * wide + 2 * 2 * wide + 4 * wide  # two middle blocks, two of level 1, the upsampler at 8 x 8
+    convolutions += 3 * 4 * 2 * 16 * 64 * 64  # q, k, v and projection of three attention blocks
+    convolutions += 2 * 64 * (9 * 64 * 32 + 9 * 32 * 32 + 64 * 32) + 2 * 2 * 64 * 9 * 32 * 32  # two blocks of level 0
+    convolutions += 2 * 64 * 9 * 32 * 3  # conv_out
+    attention = 3 * 2 * 2 * 16 * 16 * 64
+    parameters = 144 + 9280 + 4 * 74112 + 3 * 16768 + 36928 + 29984 + 18624 + 64 + 867
+    assert counts.decoder(config, 1, 8, 8) == Counts(4 * (parameters + 3 * 64) + 8 * 16, convolutions + attention)
+    assert counts.decoder(config, 2, 8, 16) == Counts(
+        4 * (parameters + 3 * 2 * 128) + 8 * 2 * 32, 4 * convolutions + 8 * attention
+    )
     # 253 GFLOP for a 256 px image through VQ-16; four times the pixels, four times the convolutions
     one = counts.decoder(TOKENIZER_PRESETS["VQ-16"], 1, 256, 256)
     assert one.ops == pytest.approx(253e9, rel=0.01)
