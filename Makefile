@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PYTEST_ARGS ?=
 
-.PHONY: all install build demo test pytest lint format bench sanitize tsan gpu-test gpu-peers clean
+.PHONY: all install build demo test pytest lint format bench report sanitize tsan gpu-test gpu-peers clean
 all: test
 
 # Makes the environment, and brings it up to date when the metadata changed.
@@ -55,6 +55,12 @@ format: install
 
 bench: build
 	$(PY) -m gear_engine.bench.codebook_quantize
+
+# Measures this machine and adds it to bench/results.
+PRESET ?= standard
+report: build
+	$(BIN)/gear-engine bench --preset $(PRESET) --out build/report.json
+	$(BIN)/gear-engine report add build/report.json --results bench/results
 
 # AddressSanitizer and UndefinedBehaviorSanitizer over the op tests. The extension goes to a folder of its own; the
 # sanitizer's run-time library has to be loaded before Python, which leaks at exit by design.
