@@ -19,7 +19,7 @@ __all__ = ["DEFAULT_OUT", "add_parser", "run"]
 DEFAULT_OUT = Path("gear-engine-report.json")
 PEERS = ("reference", "compiled", "official", "faiss")
 #: Seconds of sampling per row.
-_CAP = {"quick": 0.8, "standard": 3.0, "full": 5.0}
+_CAP = {"quick": 0.5, "standard": 3.0, "full": 5.0}
 _DEFAULT_PEERS = {"quick": "reference,faiss", "standard": "reference,faiss", "full": "reference,compiled,faiss"}
 _MOST_THREADS = 1024
 _SMALLEST_ROTATION, _LARGEST_ROTATION = 64 << 20, 256 << 20
