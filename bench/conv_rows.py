@@ -7,6 +7,7 @@ root mean square against float64, relative to the result's.
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,19 @@ def measure(rows: int, width: int, channels: int, outputs: int, edge: int) -> li
     weight = torch.randn(outputs, channels, edge, edge) / (channels * edge**2) ** 0.5
     image = source.permute(2, 0, 1).unsqueeze(0)  # the same memory, as torch's channels-last image
     planes = image.contiguous()
-    kernel = pack(weight)
+    kernels = {tile: pack(weight, tile) for tile in ((0, 2, 4) if edge == 3 else (0,))}
     out = torch.empty(rows, width + 3 - edge, outputs)
 
-    def ours() -> torch.Tensor:
-        conv_rows(source, kernel, None, out, backend="cpu")
+    def ours(tile: int) -> torch.Tensor:
+        conv_rows(source, kernels[tile], None, out, backend="cpu")
         return out.permute(2, 0, 1).unsqueeze(0)
 
     calls = {
         "torch NCHW": lambda: F.conv2d(planes, weight, padding=(0, 1)),
         "torch channels last": lambda: F.conv2d(image, weight, padding=(0, 1)),
-        "cpu": ours,
+        "cpu": lambda: ours(0),
     }
+    calls |= {f"cpu, tiles of {tile}": functools.partial(ours, tile) for tile in kernels if tile}
     exact = F.conv2d(planes.double(), weight.double(), padding=(0, 1))
     errors = {peer: float((call() - exact).norm() / exact.norm()) for peer, call in calls.items()}
     samples = timing.alternate(calls, budget=5)

@@ -99,8 +99,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         codes, shape = latents(drawn, decoder, config)
         parts["images"] = decoder.decode_code(codes, shape).nbytes
         parts["tokenizer"] = sum(parameter.nbytes for parameter in decoder.tokenizer.parameters())
-        convolutions = sum(p.nbytes for p in decoder.tokenizer.decoder.parameters() if p.ndim == 4)
-        parts["converted"] = convolutions * decoder.dtype.itemsize // 4
+        parts["converted"] = decoder.converted_nbytes
         parts["activations"] = decoder.nbytes
     peak = resident("VmHWM") - base
     return {"base": base, "building": building, "peak": peak, "parts": parts, "ratio": peak / sum(parts.values())}

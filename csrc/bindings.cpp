@@ -56,6 +56,8 @@ PYBIND11_MODULE(_C, m) {
   op(m, "sign_bits_cpu", &gear::cpu::sign_bits);
   op(m, "skinny_linear_cpu", &gear::cpu::skinny_linear);
   op(m, "soft_readout_cpu", &gear::cpu::soft_readout);
+  op(m, "winograd_rows_cpu", &gear::cpu::winograd_rows);
+  op(m, "winograd_rows_pack_cpu", &gear::cpu::winograd_rows_pack);
 
 #ifdef GEAR_WITH_CUDA
   gear::bind_cuda(m);

@@ -1,4 +1,4 @@
-// fp32 convolution of channels-last rows in short sums: 16 input channels of the kernel at a time.
+// fp32 convolution of channels-last rows in short sums: 16 input channels of the kernel at a time, or by Winograd.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,28 @@ struct ConvRows {
   int padding;  // columns of zeros at the left
 };
 
+constexpr std::int64_t kWinogradTiles = 24;  // tiles of a task
+constexpr std::int64_t kWinogradPanel = 32;  // output channels of a panel of weights
+
+// As ConvRows, for 3 x 3 kernels, in tiles of tile x tile outputs; see conv_rows_winograd.cpp. `weight`:
+// [(tile + 2)^2, out / 32, depth, 32], zeros at the ends.
+struct WinogradRows {
+  const float *x, *weight, *bias;
+  float* y;
+  std::int64_t rows, x_width, width, in_channels, out_channels;
+  int padding, tile;
+};
+
+// Input channels, padded.
+constexpr std::int64_t winograd_depth(std::int64_t in_channels) { return (in_channels + 15) / 16 * 16; }
+
 }  // namespace gear
+
+// Tiles [first, last), at most kWinogradTiles, counted along the rows of tiles.
+GEAR_DECLARE_ISA(void, winograd_rows_tiles, (const gear::WinogradRows& call, std::int64_t first, std::int64_t last))
+GEAR_DECLARE_ISA(void, winograd_pack_panel,
+                 (const float* weight, float* packed, std::int64_t out_channels, std::int64_t in_channels, int tile,
+                  std::int64_t panel))
 
 GEAR_DECLARE_ISA(void, conv_rows_tile,
                  (const ConvRows& call, std::int64_t first_row, std::int64_t last_row, std::int64_t block))
@@ -34,5 +55,13 @@ void conv_rows_pack(const float* weight, float* packed, std::int64_t out_channel
 void conv_rows(const float* x, const float* packed, const float* bias, float* y, std::int64_t rows,
                std::int64_t x_width, std::int64_t width, std::int64_t in_channels, std::int64_t out_channels, int edge,
                int padding);
+
+// weight [out, in, 3, 3] -> the spectra that WinogradRows describes; tile is 2 or 4.
+void winograd_rows_pack(const float* weight, float* packed, std::int64_t out_channels, std::int64_t in_channels,
+                        int tile);
+
+void winograd_rows(const float* x, const float* packed, const float* bias, float* y, std::int64_t rows,
+                   std::int64_t x_width, std::int64_t width, std::int64_t in_channels, std::int64_t out_channels,
+                   int padding, int tile);
 
 }  // namespace gear::cpu

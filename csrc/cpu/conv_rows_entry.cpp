@@ -44,4 +44,22 @@ void conv_rows(const float* x, const float* packed, const float* bias, float* y,
   });
 }
 
+void winograd_rows_pack(const float* weight, float* packed, std::int64_t out_channels, std::int64_t in_channels,
+                        int tile) {
+  parallel_for(ceil_div(out_channels, kWinogradPanel), [&](std::int64_t panel) noexcept {
+    GEAR_DISPATCH(winograd_pack_panel)(weight, packed, out_channels, in_channels, tile, panel);
+  });
+}
+
+void winograd_rows(const float* x, const float* packed, const float* bias, float* y, std::int64_t rows,
+                   std::int64_t x_width, std::int64_t width, std::int64_t in_channels, std::int64_t out_channels,
+                   int padding, int tile) {
+  const WinogradRows call{x, packed, bias, y, rows, x_width, width, in_channels, out_channels, padding, tile};
+  const std::int64_t tiles = ceil_div(rows, tile) * ceil_div(width, tile);
+  parallel_for(ceil_div(tiles, kWinogradTiles), [&](std::int64_t task) noexcept {
+    const std::int64_t first = task * kWinogradTiles;
+    GEAR_DISPATCH(winograd_rows_tiles)(call, first, std::min(tiles, first + kWinogradTiles));
+  });
+}
+
 }  // namespace gear::cpu

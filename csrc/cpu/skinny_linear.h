@@ -62,7 +62,7 @@ struct TileTask {
 };
 
 // Memory of the calling thread, 64-byte aligned, valid until its next request under the same `purpose`.
-enum class Scratch : int { operand = 0, attention = 1, hidden = 2, sampler = 3, count = 4 };
+enum class Scratch : int { operand = 0, attention = 1, hidden = 2, sampler = 3, convolution = 4, count = 5 };
 void* scratch(Scratch purpose, std::size_t bytes);
 
 namespace cpu {

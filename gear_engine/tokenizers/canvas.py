@@ -19,6 +19,7 @@ __all__ = ["Arena", "Canvas"]
 
 #: Bytes of one convolution's output: small enough to stay in cache and be recycled, large enough to keep it efficient.
 STRIP_BYTES: Final = 4 << 20
+STRIP_ROWS: Final = 4
 _HUGE_PAGE: Final = 2 << 20
 
 
@@ -83,15 +84,19 @@ class Canvas:
     def strips(self, channels: int, rows: int | None = None) -> Iterator[tuple[int, int]]:
         """Cuts the rows of ``x`` (or ``rows``) so that one strip's convolution output is about ``STRIP_BYTES``.
 
+        Every strip begins at a multiple of ``STRIP_ROWS``, where a convolution's tiles do.
+
         Args:
             channels: output channels of the convolution.
         """
         height, width = self.x.shape[:2]
         total = height if rows is None else rows
-        step = max(1, STRIP_BYTES // (width * channels * self.dtype.itemsize))
-        count = -(-total // step)
+        groups = -(-total // STRIP_ROWS)
+        step = max(1, STRIP_BYTES // (STRIP_ROWS * width * channels * self.dtype.itemsize))
+        count = -(-groups // step)
         for index in range(count):
-            yield total * index // count, total * (index + 1) // count
+            first, last = groups * index // count, groups * (index + 1) // count
+            yield first * STRIP_ROWS, min(last * STRIP_ROWS, total)
 
     def padded(self) -> torch.Tensor:
         """An operand [H + 2, W, C] in the convolutions' dtype with zero rows above and below; rows 1 .. H are free."""

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from gear_engine.ops import backends, conv_rows
+from gear_engine.tokenizers.canvas import Arena
 
-__all__ = ["Convolution", "phase_weights"]
+__all__ = ["Convolution", "Memory", "phase_weights"]
 
+#: Output channels from which on Winograd pays.
+_FEWEST_CHANNELS: Final = 16
+#: Pixels of an image from which on tiles of 4 pay: below, making their spectra costs more than the products saved.
+_TILE_4_PIXELS: Final = 1024
 #: (first row, row after the last, output [last - first (+ 1 for phases), W', out]).
 _Strip = tuple[int, int, torch.Tensor]
 #: Rows [h + k - 1, W, in] -> [h, W', out].
@@ -26,26 +33,42 @@ def phase_weights(weight: torch.Tensor) -> torch.Tensor:
     return phases.reshape(4 * weight.shape[0], weight.shape[1], 2, 2)
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What a decoder's convolutions share.
+
+    Attributes:
+        arena: reused buffers.
+        keep_weights: converted weights are kept for the next call.
+        kept: bytes of each that is.
+    """
+
+    arena: Arena
+    keep_weights: bool
+    kept: list[int] = field(default_factory=list)
+
+
 class Convolution:
     """A convolution over channels-last rows that were padded above and below: [h + k - 1, W, in] -> [h, W', out].
 
-    In fp32 by :mod:`gear_engine.ops.conv_rows`, in bf16 by oneDNN. oneDNN's channels-last fp32 convolution adds up to
-    4608 products one after another, which costs five times what the modules lose; its bf16 one sums pairs in fp32, well
-    below what rounding the operands costs.
+    In fp32 by :mod:`gear_engine.ops.conv_rows` (3 x 3 kernels by Winograd), in bf16 by oneDNN. oneDNN's channels-last
+    fp32 convolution adds up to 4608 products one after another, which costs five times what the modules lose; its bf16
+    one sums pairs in fp32, well below what rounding the operands costs.
 
-    Both need the weight in an order of their own; with ``keep`` it is converted once, else at every call, so that
-    weights are read where they lie and nothing of them is kept.
+    Both need the weight in an order of their own; with ``memory.keep_weights`` it is converted once, else at every
+    call, so that weights are read where they lie and nothing of them is kept. Spectra are up to four times a weight and
+    quickly made: they are never kept.
     """
 
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, *, keep: bool, phases: bool = False) -> None:
-        self._conv, self._dtype, self._keep, self._phases = conv, dtype, keep, phases
+    def __init__(self, conv: nn.Conv2d, memory: Memory, dtype: torch.dtype, *, phases: bool = False) -> None:
+        self._conv, self._memory, self._dtype, self._phases = conv, memory, dtype, phases
         kernel = 2 if phases else conv.kernel_size[0]
         self._halo = kernel - 1
         self.out_channels = conv.out_channels * (4 if phases else 1)
         self._kept: _Convolve | None = None
 
-    def _convolve(self, strip: torch.Tensor) -> _Convolve:
-        """The convolution of operands like ``strip``, its weight converted."""
+    def _convolve(self, strip: torch.Tensor, pixels: int) -> _Convolve:
+        """The convolution of operands like ``strip``, a part of an image of ``pixels``, its weight converted."""
         if self._kept is not None:
             return self._kept
         weight, bias = self._conv.weight.detach(), self._conv.bias
@@ -54,12 +77,18 @@ class Convolution:
             bias = None if bias is None else bias.repeat(4)
         if bias is not None:
             bias = bias.detach().to(self._dtype)
+        size = weight.numel() * self._dtype.itemsize
         if self._dtype == torch.bfloat16:
             found = _onednn(weight.to(self._dtype), bias, strip)
+        elif self._halo == 0:
+            found, size = _pointwise(weight, bias), 0
+        elif self._halo == 2 and self.out_channels >= _FEWEST_CHANNELS:
+            return _winograd(weight, bias, 4 if pixels >= _TILE_4_PIXELS else 2, self._memory.arena)
         else:
-            found = _pointwise(weight, bias) if self._halo == 0 else _short_sums(weight, bias)
-        if self._keep:
+            found = _short_sums(conv_rows.pack(weight), bias)
+        if self._memory.keep_weights:
             self._kept = found
+            self._memory.kept.append(size)
         return found
 
     def __call__(self, operand: torch.Tensor, bounds: Sequence[tuple[int, int]]) -> Iterator[_Strip]:
@@ -74,7 +103,7 @@ class Convolution:
         for first, last in bounds:
             strip = operand[first : last + halo]
             if convolve is None:
-                convolve = self._convolve(strip)
+                convolve = self._convolve(strip, operand.shape[0] * operand.shape[1])
             yield first, last, convolve(strip)
 
     def whole(self, operand: torch.Tensor) -> torch.Tensor:
@@ -83,11 +112,10 @@ class Convolution:
         return next(self(operand, [(0, rows)]))[2]
 
 
-def _short_sums(weight: torch.Tensor, bias: torch.Tensor | None) -> _Convolve:
+def _short_sums(packed: conv_rows.PackedKernel, bias: torch.Tensor | None) -> _Convolve:
     """fp32 convolution with a 3 x 3 or 2 x 2 kernel."""
     run = backends.resolve("conv_rows", torch.device("cpu"), torch.float32).load()
-    packed = conv_rows.pack(weight)
-    less = weight.shape[2] - 1
+    less = packed.edge - 1
 
     def convolve(strip: torch.Tensor) -> torch.Tensor:
         out = torch.empty(strip.shape[0] - less, strip.shape[1] + 2 - less, packed.out_channels)
@@ -95,6 +123,12 @@ def _short_sums(weight: torch.Tensor, bias: torch.Tensor | None) -> _Convolve:
         return out
 
     return convolve
+
+
+def _winograd(weight: torch.Tensor, bias: torch.Tensor | None, tile: int, arena: Arena) -> _Convolve:
+    """As :func:`_short_sums`, in tiles; the weight's spectra lie in the arena until the next convolution's do."""
+    shape = conv_rows.packed_shape(tuple(weight.shape), tile)
+    return _short_sums(conv_rows.pack(weight, tile, arena.empty("spectra", shape, torch.float32)), bias)
 
 
 def _pointwise(weight: torch.Tensor, bias: torch.Tensor | None) -> _Convolve:

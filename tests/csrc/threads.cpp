@@ -203,6 +203,10 @@ std::vector<float> convolution() {
   std::vector<float> packed(2 * 2 * 9 * gear::kConvChunk * gear::kConvBlock), y(rows * width * out);
   gear::cpu::conv_rows_pack(weight.data(), packed.data(), out, in, 3);
   gear::cpu::conv_rows(x.data(), packed.data(), bias.data(), y.data(), rows, width, width, in, out, 3, 1);
+  std::vector<float> spectra(16 * 3 * gear::winograd_depth(in) * gear::kWinogradPanel), tiled(y.size());
+  gear::cpu::winograd_rows_pack(weight.data(), spectra.data(), out, in, 2);
+  gear::cpu::winograd_rows(x.data(), spectra.data(), bias.data(), tiled.data(), rows, width, width, in, out, 1, 2);
+  y.insert(y.end(), tiled.begin(), tiled.end());
   return y;
 }
 

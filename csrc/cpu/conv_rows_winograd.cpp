@@ -1,0 +1,262 @@
+// conv_rows by Winograd's minimal filtering F(m x m, 3 x 3), m = 2 or 4 (Lavin and Gray, CVPR 2016): 4 or 2.25 products
+// per output and input channel in place of 9.
+//
+//     Y = A^T [ sum over channels (G g G^T) * (B^T d B) ] A          d: a tile of (m + 2)^2 pixels, stride m
+//
+// Matrices are those of Cook and Toom for the points 0, 1, -1, infinity (m = 2) and also 1/2, -2 (m = 4), whose error
+// is half of that for 1/2, -1/2 (Barabasz et al., TOMS 2020). Tiles are counted from row 0 and column 0 of the output.
+// A task takes kTiles of them: their spectra lie in its scratch memory as
+// [(m + 2)^2][tile][channel], each is multiplied with the weight's spectrum in registers, 64 output channels at a time,
+// and turned back. At most kDepth products are added up before they join a sum, so the error does not grow with the
+// number of channels. A pixel's bits depend on its tile's neighbourhood only.
+#include "cpu/conv_rows.h"
+#include "cpu/simd.h"
+#include "cpu/skinny_linear.h"  // scratch
+
+namespace gear::GEAR_ISA {
+namespace {
+
+constexpr int kRows = kRegisters == 32 ? 12 : 6, kVecs = 2;  // tiles x vectors of output channels in registers
+constexpr int kTiles = static_cast<int>(kWinogradTiles), kPanel = static_cast<int>(kWinogradPanel);
+constexpr int kBlock = static_cast<int>(kConvBlock);
+constexpr std::int64_t kDepth = 128;
+static_assert(kTiles % kRows == 0 && kPanel % (kVecs * kLanes) == 0 && kBlock % kPanel == 0);
+
+// ---- transforms of one line
+// ------------------------------------------------------------------------------------------
+
+template <int kM>
+struct Line;
+
+template <>
+struct Line<2> {
+  static void input(const Vec (&d)[4], Vec (&v)[4]) {
+    v[0] = sub(d[0], d[2]);
+    v[1] = add(d[1], d[2]);
+    v[2] = sub(d[2], d[1]);
+    v[3] = sub(d[1], d[3]);
+  }
+  static void output(const Vec (&m)[4], Vec (&y)[2]) {
+    y[0] = add(add(m[0], m[1]), m[2]);
+    y[1] = sub(sub(m[1], m[2]), m[3]);
+  }
+};
+
+template <>
+struct Line<4> {
+  static void input(const Vec (&d)[6], Vec (&v)[6]) {
+    const Vec half = splat(0.5f), two_half = splat(2.5f), one_half = splat(1.5f);
+    const Vec even = sub(d[4], d[2]), odd = sub(d[3], d[1]);
+    v[0] = add(fma(one_half, odd, even), sub(d[0], d[2]));
+    v[1] = add(fma(two_half, d[3], d[4]), sub(mul(half, d[2]), d[1]));
+    v[2] = add(fma(half, d[3], d[4]), sub(d[1], mul(two_half, d[2])));
+    v[3] = add(even, add(odd, odd));
+    v[4] = sub(even, mul(half, odd));
+    v[5] = add(fma(one_half, even, d[5]), sub(sub(d[1], d[3]), d[3]));
+  }
+  static void output(const Vec (&m)[6], Vec (&y)[4]) {
+    const Vec sum = add(m[1], m[2]), difference = sub(m[1], m[2]);
+    y[0] = add(add(m[0], sum), add(m[3], m[4]));
+    y[1] = add(difference, fma(splat(-2.0f), m[4], mul(splat(0.5f), m[3])));
+    y[2] = add(sum, fma(splat(4.0f), m[4], mul(splat(0.25f), m[3])));
+    y[3] = add(add(difference, m[5]), fma(splat(-8.0f), m[4], mul(splat(0.125f), m[3])));
+  }
+};
+
+// ---- tiles
+// ----------------------------------------------------------------------------------------------------------
+
+// What a task works on: tiles [first, first + count), counted along the rows of tiles.
+struct Tiles {
+  const WinogradRows& call;
+  std::int64_t first, count, across;  // across: tiles in a row
+  std::int64_t depth;                 // padded number of input channels
+  float* spectra;                     // [(m + 2)^2][kTiles][depth]
+  float* products;                    // [(m + 2)^2][kTiles][kBlock]
+};
+
+// spectra = B^T d B of one tile; pixels outside of x are zeros.
+template <int kM>
+void transform_tile(const Tiles& tiles, std::int64_t tile) {
+  constexpr int kN = kM + 2;
+  const WinogradRows& call = tiles.call;
+  const std::int64_t row = (tiles.first + tile) / tiles.across * kM;
+  const std::int64_t column = (tiles.first + tile) % tiles.across * kM - call.padding;
+  const std::int64_t channels = call.in_channels, plane = kTiles * tiles.depth;
+  for (std::int64_t c = 0; c < channels; c += kLanes) {
+    const int rest = channels - c < kLanes ? static_cast<int>(channels - c) : kLanes;
+    Vec lines[kN][kN];  // [column][row of the spectrum]
+#pragma GCC unroll 6
+    for (int j = 0; j < kN; ++j) {
+      Vec d[kN];
+#pragma GCC unroll 6
+      for (int i = 0; i < kN; ++i) {
+        const std::int64_t y = row + i, x = column + j;
+        const bool inside = y < call.rows + 2 && x >= 0 && x < call.x_width;
+        const float* at = call.x + (y * call.x_width + x) * channels + c;
+        d[i] = !inside ? zero() : rest == kLanes ? load(at) : load_first(at, rest);
+      }
+      Line<kM>::input(d, lines[j]);
+    }
+    float* out = tiles.spectra + tile * tiles.depth + c;
+#pragma GCC unroll 6
+    for (int i = 0; i < kN; ++i) {
+      Vec d[kN], v[kN];
+#pragma GCC unroll 6
+      for (int j = 0; j < kN; ++j) d[j] = lines[j][i];
+      Line<kM>::input(d, v);
+#pragma GCC unroll 6
+      for (int j = 0; j < kN; ++j) store(out + (i * kN + j) * plane, v[j]);
+    }
+  }
+}
+
+// out[t][0 ... kUsed vectors) (+)= sum over [0, depth) of x[t][c] * weight[c][...] for kRows tiles.
+template <int kUsed>
+inline void multiply(const float* x, std::int64_t x_stride, const float* weight, std::int64_t depth, bool first,
+                     float* out) {
+  Vec sums[kRows][kUsed];
+#pragma GCC unroll 12
+  for (int t = 0; t < kRows; ++t)
+    for (int v = 0; v < kUsed; ++v) sums[t][v] = zero();
+  for (std::int64_t c = 0; c < depth; ++c, weight += kPanel) {
+    Vec w[kUsed];
+    for (int v = 0; v < kUsed; ++v) w[v] = load(weight + v * kLanes);
+#pragma GCC unroll 12
+    for (int t = 0; t < kRows; ++t) {
+      const Vec value = splat(x[t * x_stride + c]);
+      for (int v = 0; v < kUsed; ++v) sums[t][v] = fma(value, w[v], sums[t][v]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int t = 0; t < kRows; ++t)
+    for (int v = 0; v < kUsed; ++v) {
+      float* at = out + t * kBlock + v * kLanes;
+      store(at, first ? sums[t][v] : add(load(at), sums[t][v]));
+    }
+}
+
+// products of all frequencies for output channels [channel, channel + used).
+void multiply_block(const Tiles& tiles, int frequencies, std::int64_t channel, std::int64_t used) {
+  const std::int64_t panels = (tiles.call.out_channels + kPanel - 1) / kPanel, depth = tiles.depth;
+  for (int f = 0; f < frequencies; ++f) {
+    const float* spectra = tiles.spectra + f * kTiles * depth;
+    for (std::int64_t out = 0; out < used; out += kVecs * kLanes) {
+      const std::int64_t panel = (channel + out) / kPanel;
+      const float* weight = tiles.call.weight + (f * panels + panel) * depth * kPanel + out % kPanel;
+      for (std::int64_t from = 0; from < depth; from += kDepth) {
+        const std::int64_t part = depth - from < kDepth ? depth - from : kDepth;
+        for (std::int64_t tile = 0; tile < tiles.count; tile += kRows) {
+          float* products = tiles.products + (f * kTiles + tile) * kBlock + out;
+          const float* x = spectra + tile * depth + from;
+          used - out > kLanes ? multiply<kVecs>(x, depth, weight + from * kPanel, part, from == 0, products)
+                              : multiply<1>(x, depth, weight + from * kPanel, part, from == 0, products);
+        }
+      }
+    }
+  }
+}
+
+// y = A^T products A + bias for one tile.
+template <int kM>
+void finish_tile(const Tiles& tiles, std::int64_t tile, std::int64_t channel, std::int64_t used) {
+  constexpr int kN = kM + 2;
+  const WinogradRows& call = tiles.call;
+  const std::int64_t row = (tiles.first + tile) / tiles.across * kM;
+  const std::int64_t column = (tiles.first + tile) % tiles.across * kM;
+  const std::int64_t height = call.rows - row < kM ? call.rows - row : kM;
+  const std::int64_t width = call.width - column < kM ? call.width - column : kM;
+  for (std::int64_t c = 0; c < used; c += kLanes) {
+    const int rest = used - c < kLanes ? static_cast<int>(used - c) : kLanes;
+    Vec lines[kN][kM];  // [column of the spectrum][row]
+#pragma GCC unroll 6
+    for (int j = 0; j < kN; ++j) {
+      Vec m[kN];
+#pragma GCC unroll 6
+      for (int i = 0; i < kN; ++i) m[i] = load(tiles.products + ((i * kN + j) * kTiles + tile) * kBlock + c);
+      Line<kM>::output(m, lines[j]);
+    }
+    const float* bias = call.bias == nullptr ? nullptr : call.bias + channel + c;
+    const Vec base = bias == nullptr ? zero() : rest == kLanes ? load(bias) : load_first(bias, rest);
+    for (int i = 0; i < height; ++i) {
+      Vec m[kN], y[kM];
+#pragma GCC unroll 6
+      for (int j = 0; j < kN; ++j) m[j] = lines[j][i];
+      Line<kM>::output(m, y);
+      float* to = call.y + ((row + i) * call.width + column) * call.out_channels + channel + c;
+      for (int j = 0; j < width; ++j, to += call.out_channels) {
+        float lanes[kLanes];
+        store(rest == kLanes ? to : lanes, add(base, y[j]));
+        for (int l = 0; rest < kLanes && l < rest; ++l) to[l] = lanes[l];
+      }
+    }
+  }
+}
+
+template <int kM>
+void run_tiles(const Tiles& tiles) {
+  constexpr int kFrequencies = (kM + 2) * (kM + 2);
+  // Channels and tiles behind the last ones are multiplied too: they are zeros.
+  if (tiles.depth != tiles.call.in_channels || tiles.count % kRows != 0)
+    __builtin_memset(tiles.spectra, 0, static_cast<std::size_t>(kFrequencies * kTiles * tiles.depth) * sizeof(float));
+  for (std::int64_t tile = 0; tile < tiles.count; ++tile) transform_tile<kM>(tiles, tile);
+  for (std::int64_t channel = 0; channel < tiles.call.out_channels; channel += kBlock) {
+    const std::int64_t left = tiles.call.out_channels - channel, used = left < kBlock ? left : kBlock;
+    multiply_block(tiles, kFrequencies, channel, used);
+    for (std::int64_t tile = 0; tile < tiles.count; ++tile) finish_tile<kM>(tiles, tile, channel, used);
+  }
+}
+
+// spectra[i][j] = (G g G^T)[i][j] of one input channel's 3 x 3 kernels, in double; kernels: [9][kPanel].
+template <int kN>
+void transform_kernels(const double (&g)[kN][3], const double (&kernels)[9][kPanel], float* out, std::int64_t stride) {
+  for (int i = 0; i < kN; ++i) {
+    double line[3][kPanel];
+    for (int b = 0; b < 3; ++b)
+      for (int o = 0; o < kPanel; ++o)
+        line[b][o] = g[i][0] * kernels[b][o] + g[i][1] * kernels[3 + b][o] + g[i][2] * kernels[6 + b][o];
+    for (int j = 0; j < kN; ++j) {
+      float* to = out + (i * kN + j) * stride;
+      for (int o = 0; o < kPanel; ++o)
+        to[o] = static_cast<float>(line[0][o] * g[j][0] + line[1][o] * g[j][1] + line[2][o] * g[j][2]);
+    }
+  }
+}
+
+constexpr double kG2[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+// Row of the point p: (1, p, p^2) / product of (p - q) over the other points q.
+constexpr double kG4[6][3] = {{1, 0, 0},
+                              {1.0 / 3, 1.0 / 3, 1.0 / 3},
+                              {-1.0 / 3, 1.0 / 3, -1.0 / 3},
+                              {-16.0 / 15, -8.0 / 15, -4.0 / 15},
+                              {1.0 / 15, -2.0 / 15, 4.0 / 15},
+                              {0, 0, 1}};
+
+}  // namespace
+
+void winograd_rows_tiles(const WinogradRows& call, std::int64_t first, std::int64_t last) {
+  const std::int64_t depth = winograd_depth(call.in_channels), frequencies = (call.tile + 2) * (call.tile + 2);
+  float* memory = static_cast<float*>(
+      scratch(Scratch::convolution, static_cast<std::size_t>(frequencies * kTiles * (depth + kBlock)) * sizeof(float)));
+  const std::int64_t across = (call.width + call.tile - 1) / call.tile;
+  const Tiles tiles{call, first, last - first, across, depth, memory, memory + frequencies * kTiles * depth};
+  call.tile == 4 ? run_tiles<4>(tiles) : run_tiles<2>(tiles);
+}
+
+void winograd_pack_panel(const float* weight, float* packed, std::int64_t out_channels, std::int64_t in_channels,
+                         int tile, std::int64_t panel) {
+  const std::int64_t depth = winograd_depth(in_channels), panels = (out_channels + kPanel - 1) / kPanel;
+  const std::int64_t stride = panels * depth * kPanel;
+  for (std::int64_t c = 0; c < depth; ++c) {
+    double kernels[9][kPanel];
+    for (std::int64_t o = 0; o < kPanel; ++o) {
+      const std::int64_t out = panel * kPanel + o;
+      const bool real = out < out_channels && c < in_channels;
+      for (int tap = 0; tap < 9; ++tap) kernels[tap][o] = real ? weight[(out * in_channels + c) * 9 + tap] : 0.0f;
+    }
+    float* to = packed + (panel * depth + c) * kPanel;
+    tile == 4 ? transform_kernels(kG4, kernels, to, stride) : transform_kernels(kG2, kernels, to, stride);
+  }
+}
+
+}  // namespace gear::GEAR_ISA
