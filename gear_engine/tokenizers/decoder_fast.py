@@ -154,8 +154,8 @@ def unavailable(dtype: torch.dtype = torch.float32) -> str | None:
 class Decoder:
     """Decodes code indices of one tokenizer on the CPU, in a dtype that is chosen once.
 
-    Converted weights may be kept from the first call on; call :meth:`refresh` after the tokenizer's changed. The memory of the
-    activations is kept for the next call (:attr:`nbytes`, :meth:`release`).
+    Converted weights may be kept from the first call on; call :meth:`refresh` after the tokenizer's changed. The memory
+    of the activations is kept for the next call (:attr:`nbytes`, :meth:`release`).
 
     Args:
         tokenizer: an fp32 tokenizer on the CPU.
