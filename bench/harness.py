@@ -26,6 +26,8 @@ __all__ = ["Progress", "Run", "run_cases"]
 
 #: Names of dtypes in reports -> torch's.
 _RATE_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
+#: Seconds for which a control measurement counts as that of the present.
+_FRESH = 1.0
 #: Called before every case and after every sample with the number of finished cases and the present case's name.
 Progress = Callable[[int, str], None]
 
@@ -143,6 +145,7 @@ class _Recorder:
 
     def case(self, case: Case, tick: Callable[[], None]) -> None:
         """Measures one case; what cannot run is listed under ``skipped``."""
+        begin = time.monotonic()
         try:
             work = case.benchmark.prepare(case.params, self.context)
         except (Skip, BackendUnavailableError, OutOfMemoryError, torch.OutOfMemoryError) as reason:
@@ -155,7 +158,9 @@ class _Recorder:
             return
         outcomes = _check(work) if self.run.check else {}
         before = self.sampler.snapshot()
-        earlier = self.last = self.last | self.control.measure()
+        if time.monotonic() - begin > _FRESH:
+            self.last = self.last | self.control.measure()
+        earlier = self.last
 
         def between_turns() -> None:
             self.sampler.watch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -56,15 +57,15 @@ def _linear(params: dict[str, Any], context: Context) -> Work:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=rng, device=context.device)
 
+    weight = [draw(out_features, in_features) / in_features**0.5 for _ in range(2 if gate else 1)]
+    first: list[Any] = [pack(w, kind) if kind else w.to(dtype) for w in weight]
     operands, plain = [], []
     for _ in range(copies):
-        weight = [draw(out_features, in_features) / in_features**0.5 for _ in range(2 if gate else 1)]
         x = draw(rows, in_features).to(dtype)
         around: dict[str, Any] = {"norm_weight": 1 + 0.1 * draw(in_features).to(dtype)} if norm else {}
         if residual:
             around["residual"] = draw(rows, out_features).to(dtype)
-        stored: list[Any] = [pack(w, kind) if kind else w.to(dtype) for w in weight]
-        operands.append((x, stored, around))
+        operands.append((x, copy.deepcopy(first), around))  # the same numbers at another place
         if kind:
             as_bf16 = {name: tensor.bfloat16() for name, tensor in around.items()}
             plain.append((x.bfloat16(), [w.bfloat16() for w in weight], as_bf16))
