@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ResumeMismatchError,
         UnsafeCheckpointError,
     )
+    from gear_engine.memory import images_that_fit
     from gear_engine.models.condition import TextCondition
     from gear_engine.models.transformer import Transformer
     from gear_engine.pipeline import Pipeline, PipelineOutput
@@ -56,6 +57,7 @@ __all__ = [
     "decode_code",
     "generate",
     "generate_t2i",
+    "images_that_fit",
     "load_generator",
     "load_tokenizer",
     "release",
@@ -81,6 +83,7 @@ _HOMES = _ERRORS | {
     "decode_code": "compat",
     "generate": "compat",
     "generate_t2i": "compat",
+    "images_that_fit": "memory",
     "load_generator": "checkpoint",
     "load_tokenizer": "checkpoint",
     "release": "compat",

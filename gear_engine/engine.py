@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from gear_engine import memory
 from gear_engine.cuda_graph import CaptureCost
 from gear_engine.errors import ConfigError, InvalidRequestError, NumericalError
 from gear_engine.kv_cache import StaticKVCache
-from gear_engine.memory import available_bytes, check_fits, engine_plan
 from gear_engine.models.condition import Condition
 from gear_engine.models.transformer import Transformer
 from gear_engine.models.weights import GeneratorWeights
@@ -21,10 +22,11 @@ from gear_engine.prefixes import caption_condition, check_conditions
 from gear_engine.request import ImageRequest, RngMode, SamplingParams, check_length, check_source
 from gear_engine.sampler import Noise, TorchNoise
 from gear_engine.scheduler import ScheduledBatch, Scheduler
-from gear_engine.step_program import Execution, make_steps
+from gear_engine.step_program import Execution, make_steps, resolve_execution
 
 __all__ = ["Engine", "FinishedImage"]
 
+_LOWER = "lower max_images, or choose a smaller dtype"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: ``callback(step, total, tokens_so_far)``; tokens int32 (B, n), -1 where nothing is drawn yet.
@@ -64,7 +66,8 @@ class Engine:
     Raises:
         ConfigError: the module is in training mode, or a number is out of range.
         BackendUnavailableError: a backend cannot run here.
-        OutOfMemoryError: weights and cache do not fit; nothing was allocated.
+        OutOfMemoryError: weights and cache do not fit; nothing was allocated. Later calls raise it if the device runs
+            out all the same; the engine works on.
     """
 
     def __init__(
@@ -98,23 +101,32 @@ class Engine:
         if weight_format is None and (self.dtype, self.ops.backends["skinny_linear"]) == (torch.bfloat16, "cpu"):
             weight_format = "bf16"
         self.weight_format = weight_format
-        plan = engine_plan(
-            config,
-            num_slots=2 * max_images,
-            max_tokens=self.max_new_tokens,
-            dtype=self.dtype,
-            cache_dtype=cache_dtype,
-            weight_bytes=weights.nbytes_as(self.dtype, self.weight_format),
-        )
-        available = available_bytes(self.device) if memory_budget is None else memory_budget
-        hint = f"lower max_images, the images at a time (now {max_images}), or choose a smaller dtype"
-        check_fits(plan, available, hint)
-        self.cache = StaticKVCache(config, 2 * max_images, self.max_new_tokens, cache_dtype, self.device)
-        self._steps = make_steps(execution, config, self.ops, self.cache)
-        self._tokens = self._steps.tokens
+        self.execution = resolve_execution(execution, self.ops, self.device)
+        self._check_fits(weights, cache_dtype, memory_budget)
         self._weights: GeneratorWeights | None = None
+        with memory.out_of_memory_is_typed(_LOWER):
+            self.cache = StaticKVCache(config, 2 * max_images, self.max_new_tokens, cache_dtype, self.device)
+            self._steps = make_steps(self.execution, config, self.ops, self.cache)
+        self._tokens = self._steps.tokens
         self.bind(weights)
         self.reset()
+
+    def _check_fits(self, weights: GeneratorWeights, cache_dtype: torch.dtype, budget: int | None) -> None:
+        """Raises OutOfMemoryError, with the number of images that would fit, before anything is allocated."""
+        common: dict[str, Any] = {
+            "dtype": self.dtype,
+            "cache_dtype": cache_dtype,
+            "max_tokens": self.max_new_tokens,
+            "weight_bytes": weights.nbytes_as(self.dtype, self.weight_format),
+            "graphs": self.execution == "graph",
+        }
+        available = memory.available_bytes(self.device) if budget is None else budget
+
+        def hint() -> str:
+            fit = memory.images_that_fit(self.config, available or 0, **common)
+            return f"{fit} images at a time fit, max_images is {self.max_images}; or choose a smaller dtype"
+
+        memory.check_fits(memory.engine_plan(self.config, num_slots=2 * self.max_images, **common), available, hint)
 
     def bind(self, generator: Transformer | GeneratorWeights | None) -> None:
         """Reads other weights of the same architecture from now on; None lets go of the present ones.
@@ -131,8 +143,9 @@ class Engine:
             if weights.config != self.config:
                 raise ConfigError(f"the engine was built for {self.config}, not for {weights.config}")
             copied = weights.nbytes_as(self.dtype, self.weight_format)
-            check_fits({"weights": copied}, available_bytes(self.device), "choose a smaller dtype")
-            self._weights = weights.to(self.device, self.dtype, self.weight_format)
+            memory.check_fits({"weights": copied}, memory.available_bytes(self.device), "choose a smaller dtype")
+            with memory.out_of_memory_is_typed("choose a smaller dtype"):
+                self._weights = weights.to(self.device, self.dtype, self.weight_format)
 
     def invalidate(self) -> None:
         """Forgets what was computed from the weights: to be called when they have changed in place.
@@ -144,7 +157,7 @@ class Engine:
 
         Raises OutOfMemoryError if the graphs do not fit.
         """
-        with torch.inference_mode():
+        with memory.out_of_memory_is_typed(_LOWER), torch.inference_mode():
             self._steps.prepare(self.weights, with_noise=rng == "torch")
 
     @property
@@ -250,7 +263,8 @@ class Engine:
 
     def _step(self, noise: Noise | None, limit: int = 1) -> list[FinishedImage]:
         """Up to ``limit`` tokens for every image in flight, as long as nobody joins or leaves."""
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+        autocast = torch.autocast(self.device.type, enabled=False)
+        with memory.out_of_memory_is_typed(_LOWER), torch.inference_mode(), autocast:
             batches = self.scheduler.schedule()
             for batch in batches:
                 if batch.is_prefill:

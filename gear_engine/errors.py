@@ -55,7 +55,8 @@ class NumericalError(GearError, ArithmeticError):
 
 
 class OutOfMemoryError(GearError, MemoryError):
-    """A plan does not fit in memory; the message holds the arithmetic. Nothing was allocated."""
+    """A plan does not fit in memory: the message holds the arithmetic, and nothing was allocated. Or the device ran out
+    while it worked: what was in flight is not done, and the engine works on."""
 
 
 class ReportError(GearError, ValueError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,9 +12,14 @@ import torch
 from gear_engine.config import GeneratorConfig, TokenizerConfig
 from gear_engine.errors import OutOfMemoryError
 from gear_engine.kv_cache import StaticKVCache
+from gear_engine.segments import buckets
 
-__all__ = ["available_bytes", "check_fits", "decoder_bytes", "engine_plan"]
+__all__ = [
+    "available_bytes", "check_fits", "decoder_bytes", "engine_plan", "images_that_fit", "out_of_memory_is_typed",
+]  # fmt: skip
 
+#: Device memory per kernel of a captured graph: an estimate, until graphs have been captured on hardware.
+_GRAPH_NODE_BYTES = 16 << 10
 _GIB = 2**30
 _CGROUP = Path("/sys/fs/cgroup")
 _OWN_GROUP = Path("/proc/self/cgroup")
@@ -82,7 +89,21 @@ def available_bytes(device: torch.device) -> int | None:
     return min(found + _group_bytes(), default=None)
 
 
-def check_fits(plan: Mapping[str, int], available: int | None, hint: str) -> None:
+@contextmanager
+def out_of_memory_is_typed(hint: str) -> Iterator[None]:
+    """Turns torch's error for memory that is not there into :class:`gear_engine.errors.OutOfMemoryError`.
+
+    What the work held in its variables is let go of, so that who catches the error has that memory again.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)
+        message = str(error).split("\n")[0]
+        raise OutOfMemoryError(f"the device ran out of memory ({message}); {hint}") from None
+
+
+def check_fits(plan: Mapping[str, int], available: int | None, hint: str | Callable[[], str]) -> None:
     """Compares a plan (what -> bytes) with what is available.
 
     Raises:
@@ -92,7 +113,8 @@ def check_fits(plan: Mapping[str, int], available: int | None, hint: str) -> Non
     if available is None or total <= available:
         return
     sizes = " + ".join(f"{name} {size / _GIB:.2f} GiB" for name, size in plan.items() if size)
-    raise OutOfMemoryError(f"{sizes} = {total / _GIB:.2f} GiB, but {available / _GIB:.2f} GiB are available; {hint}")
+    advice = hint if isinstance(hint, str) else hint()
+    raise OutOfMemoryError(f"{sizes} = {total / _GIB:.2f} GiB, but {available / _GIB:.2f} GiB are available; {advice}")
 
 
 def engine_plan(
@@ -103,6 +125,7 @@ def engine_plan(
     dtype: torch.dtype,
     weight_bytes: int,
     cache_dtype: torch.dtype | None = None,
+    graphs: bool = False,
 ) -> dict[str, int]:
     """Bytes that an engine allocates.
 
@@ -112,9 +135,10 @@ def engine_plan(
         dtype: of weights and activations.
         cache_dtype: of keys and values; None means ``dtype``.
         weight_bytes: weights that are copied because their dtype or device changes; 0 if they are read in place.
+        graphs: decode steps are captured: their logits and activations have a pool of memory to themselves.
     """
     widest = max(config.ffn_dim * 3, config.qkv_dim + config.dim * 3)
-    return {
+    plan = {
         "weights": weight_bytes,
         "key/value cache": StaticKVCache.nbytes(config, num_slots, max_tokens, cache_dtype or dtype),
         # Logits, their filtered copy, its order and the noise of every image; one layer's activations.
@@ -123,6 +147,58 @@ def engine_plan(
         "activations": num_slots * (widest + (1 + max_tokens) * 2 * config.kv_dim) * dtype.itemsize
         + num_slots * config.n_head * (1 + max_tokens) * 4,
     }
+    if graphs:
+        # Buckets share the pool, so the largest one decides; every graph has its kernels: five a layer and the rest.
+        nodes = len(buckets(num_slots)) * (5 * config.n_layer + 24)
+        plan["captured graphs"] = plan["logits"] + plan["activations"] + nodes * _GRAPH_NODE_BYTES
+    return plan
+
+
+def images_that_fit(
+    config: GeneratorConfig,
+    budget: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    cache_dtype: torch.dtype | None = None,
+    max_tokens: int | None = None,
+    weight_bytes: int = 0,
+    graphs: bool = False,
+    tokenizer: TokenizerConfig | None = None,
+    decode_batch: int = 1,
+) -> int:
+    """How many images an engine can have in flight (``max_images``) within ``budget`` bytes; 0 if not even one.
+
+    Args:
+        config: the generator; its ``block_size`` is the resolution.
+        dtype, cache_dtype, weight_bytes, graphs: see :func:`engine_plan`.
+        max_tokens: image tokens per image; None means ``block_size``.
+        tokenizer: leaves room for decoding ``decode_batch`` images at once, in fp32, while the caches are held.
+    """
+    tokens = config.block_size if max_tokens is None else max_tokens
+
+    def needed(images: int) -> int:
+        total = 0
+        if tokenizer is not None:
+            size = config.grid_size * tokenizer.downsample
+            total += decoder_bytes(tokenizer, size, size, min(decode_batch, images), torch.float32)
+        plan = engine_plan(
+            config,
+            num_slots=2 * images,
+            max_tokens=tokens,
+            dtype=dtype,
+            weight_bytes=weight_bytes,
+            cache_dtype=cache_dtype,
+            graphs=graphs,
+        )
+        return total + sum(plan.values())
+
+    fits, too_many = 0, 1
+    while needed(too_many) <= budget:
+        fits, too_many = too_many, 2 * too_many
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        fits, too_many = (middle, too_many) if needed(middle) <= budget else (fits, middle)
+    return fits
 
 
 def decoder_bytes(config: TokenizerConfig, height: int, width: int, images: int, dtype: torch.dtype) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from gear_engine.memory import out_of_memory_is_typed
 from gear_engine.tokenizers import Tokenizer, to_uint8
 
 __all__ = ["Images", "OutputType", "PipelineOutput", "arrange", "decode", "join"]
@@ -58,6 +59,7 @@ def decode(
     grid, config = math.isqrt(tokens.shape[1]), tokenizer.config
     parts = []
     for chunk in torch.split(tokens.to(tokenizer.device), batch):
-        images = decode_code(chunk.long(), (len(chunk), config.codebook_embed_dim, grid, grid))
-        parts.append(arrange(images, output_type))
+        with out_of_memory_is_typed("lower decode_batch"):
+            images = decode_code(chunk.long(), (len(chunk), config.codebook_embed_dim, grid, grid))
+            parts.append(arrange(images, output_type))
     return join(parts, output_type)

@@ -27,7 +27,7 @@ from gear_engine.scheduler import ScheduledBatch
 from gear_engine.segments import Segment, TableRow, buckets, plan_segment
 from gear_engine.steps import Steps
 
-__all__ = ["Execution", "ProgramSteps", "StepBuffers", "StepProgram", "make_steps"]
+__all__ = ["Execution", "ProgramSteps", "StepBuffers", "StepProgram", "make_steps", "resolve_execution"]
 
 #: How decode steps run. ``"direct"``: op by op, on exactly the rows there are. ``"eager"``: the programs of this
 #: module, called. ``"graph"``: the same programs, captured. ``"auto"``: graphs where they can be captured, else direct.
@@ -191,8 +191,8 @@ class ProgramSteps(Steps):
         return self._programs[key]
 
 
-def make_steps(execution: Execution, config: GeneratorConfig, ops: GeneratorOps, cache: StaticKVCache) -> Steps:
-    """What an engine decodes with.
+def resolve_execution(execution: Execution, ops: GeneratorOps, device: torch.device) -> Execution:
+    """What ``"auto"`` means, and whether the others can be had.
 
     Raises:
         ConfigError: there is no such execution.
@@ -200,11 +200,16 @@ def make_steps(execution: Execution, config: GeneratorConfig, ops: GeneratorOps,
     """
     if execution not in get_args(Execution):
         raise ConfigError(f"execution must be one of {', '.join(get_args(Execution))}, not {execution!r}")
-    reason = _why_not_captured(ops, cache.device)
+    reason = _why_not_captured(ops, device)
     if execution == "auto":
         execution = "direct" if reason is not None else "graph"
     if execution == "graph" and reason is not None:
         raise BackendUnavailableError(f"execution='graph' cannot be used: {reason}")
+    return execution
+
+
+def make_steps(execution: Execution, config: GeneratorConfig, ops: GeneratorOps, cache: StaticKVCache) -> Steps:
+    """What an engine decodes with; ``execution`` as :func:`resolve_execution` returned it."""
     if execution == "direct" or cache.max_tokens == 1:
         return Steps(config, ops, cache)
     return ProgramSteps(config, ops, cache, EagerLauncher() if execution == "eager" else GraphLauncher(cache.device))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gear_engine.cli.environment import decoder_backend, parse_backend, pick_device, versions
 from gear_engine.cli.progress import Progress
-from gear_engine.errors import InvalidRequestError
+from gear_engine.errors import InvalidRequestError, OutOfMemoryError
 from gear_engine.files import content_hash
 from gear_engine.request import SamplingParams
 from gear_engine.runs.batches import strided
@@ -131,14 +131,17 @@ def build_engine(plan: Plan, models: Models) -> Engine:
     decoder = decoder_bytes(tokenizer.config, size, size, images, tokenizer.dtype)
     available = available_bytes(plan.device)
     check_fits({f"decoder, {images} images at once": decoder}, available, "lower --decode-batch")
-    return Engine(
-        models.generator,
-        max_images=plan.batch,
-        backend=parse_backend(plan.args.backend),
-        weight_format=plan.args.weight_format,
-        # The decoder works while the engine's caches are held.
-        memory_budget=None if available is None else available - decoder,
-    )
+    try:
+        return Engine(
+            models.generator,
+            max_images=plan.batch,
+            backend=parse_backend(plan.args.backend),
+            weight_format=plan.args.weight_format,
+            # The decoder works while the engine's caches are held.
+            memory_budget=None if available is None else available - decoder,
+        )
+    except OutOfMemoryError as error:
+        raise OutOfMemoryError(f"{error} (max_images is --per-proc-batch-size)") from None
 
 
 def sample_all(plan: Plan, models: Models, engine: Engine, source: Source) -> int:
