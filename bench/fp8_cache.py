@@ -38,7 +38,10 @@ def measure(weights: GeneratorWeights, images: int, tokens: int, seed: int) -> l
     expected = guided_logits(exact, labels, drawn)
     noise = torch.empty_like(expected).exponential_(1, generator=rng)
     return [
-        {"what": name, **divergence_of(guided_logits(Engine(weights, **options, **one), labels, drawn), expected, noise)}
+        {
+            "what": name,
+            **divergence_of(guided_logits(Engine(weights, **options, **one), labels, drawn), expected, noise),
+        }
         for name, one in FORMATS.items()
     ]
 

@@ -178,17 +178,21 @@ def guided_logits(engine: Engine, labels: list[int], drawn: torch.Tensor) -> tor
     return torch.stack(steps)
 
 
+def divergence_of(logits: torch.Tensor, exact: torch.Tensor, noise: torch.Tensor) -> dict[str, float]:
+    """Mean KL(exact || logits) and the share of equal draws under the same noise."""
+    divergence = (exact.softmax(-1) * (exact.log_softmax(-1) - logits.log_softmax(-1))).sum(-1)
+    equal = (logits.softmax(-1) / noise).argmax(-1) == (exact.softmax(-1) / noise).argmax(-1)
+    return {"kl": float(divergence.mean()), "equal_tokens_%": 100 * float(equal.float().mean())}
+
+
 def quality(case: Case, drawn: torch.Tensor, seed: int) -> dict[str, dict[str, float]]:
     """Error of every format against fp32, along fp32's tokens."""
     exact = guided_logits(case.engines["fp32"], case.labels, drawn)
     noise = torch.empty_like(exact).exponential_(1, generator=torch.Generator().manual_seed(seed))
-    expected = (exact.softmax(-1) / noise).argmax(-1)
     found = {}
     for name, engine in case.engines.items():
         logits = exact if name == "fp32" else guided_logits(engine, case.labels, drawn)
-        divergence = (exact.softmax(-1) * (exact.log_softmax(-1) - logits.log_softmax(-1))).sum(-1)
-        equal = (logits.softmax(-1) / noise).argmax(-1) == expected
-        found[name] = {"kl": float(divergence.mean()), "equal_tokens_%": 100 * float(equal.float().mean())}
+        found[name] = divergence_of(logits, exact, noise)
     return found
 
 
