@@ -4,9 +4,13 @@
 
 #include "common/bind.h"
 #include "cuda/codebook_quantize.h"
+#include "cuda/decode_attention.h"
 
 namespace gear {
 
-inline void bind_cuda(pybind11::module_& m) { op(m, "codebook_quantize_cuda", &cuda::codebook_quantize); }
+inline void bind_cuda(pybind11::module_& m) {
+  op(m, "codebook_quantize_cuda", &cuda::codebook_quantize);
+  op(m, "decode_attention_cuda", &cuda::decode_attention);
+}
 
 }  // namespace gear

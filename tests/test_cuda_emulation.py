@@ -11,7 +11,7 @@ import pytest
 from tests import emulation
 
 #: Per kernel file, the code whose next __syncthreads is left out.
-PLANTED = {"codebook_quantize": "best_of_block(Candidate mine"}
+PLANTED = {"codebook_quantize": "best_of_block(Candidate mine", "decode_attention": "shared.parts[warp][element] ="}
 
 
 def run(sanitizer: str, *cases: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -31,7 +31,7 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 
-from gear_engine.ops import backends, native, triton_backend
+from gear_engine.ops import backends, decode_attention_cuda, native, triton_backend
 
 __all__ = ["FP8", "decode_attention", "dequantize_entries", "quantize_entries", "reference", "rotate"]
 
@@ -117,7 +117,8 @@ def decode_attention(
         raise ValueError("the last dimension of qkv and of the caches must be contiguous")
     if prefix_bias.shape != (num_slots,) or prefix_bias.dtype != torch.float32:
         raise ValueError(f"prefix_bias must be fp32 ({num_slots},)")
-    if slots.shape != (rows,) or positions.shape != (rows,) or slots.dtype != torch.int64:
+    index_dtypes = {slots.dtype, positions.dtype}
+    if slots.shape != (rows,) or positions.shape != (rows,) or index_dtypes != {torch.int64}:
         raise ValueError(f"slots and positions must be int64 ({rows},)")
     if rope.shape[1:] != (head_dim // 2, 2) or rope.dtype != torch.float32:
         raise ValueError(f"rope must be fp32 (block_size, {head_dim // 2}, 2)")
@@ -208,7 +209,7 @@ def _load(cache: torch.Tensor, scale: torch.Tensor | None, slots: torch.Tensor |
 
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_MAX_HEAD_DIM = 256
+_MAX_HEAD_DIM = decode_attention_cuda.MAX_HEAD_DIM
 
 
 def _cpu(
@@ -256,4 +257,12 @@ backends.register(
     devices=frozenset({"cpu"}),
     dtypes=frozenset(_DTYPES),
     unavailable=lambda: native.unavailable("decode_attention_cpu"),
+)
+backends.register(
+    "decode_attention",
+    "cuda",
+    lambda: decode_attention_cuda.run,
+    devices=frozenset({"cuda"}),
+    dtypes=frozenset(decode_attention_cuda.DTYPES),
+    unavailable=lambda: native.unavailable("decode_attention_cuda"),
 )
