@@ -11,7 +11,11 @@ import pytest
 from tests import emulation
 
 #: Per kernel file, the code whose next __syncthreads is left out.
-PLANTED = {"codebook_quantize": "best_of_block(Candidate mine", "decode_attention": "shared.parts[warp][element] ="}
+PLANTED = {
+    "codebook_quantize": "best_of_block(Candidate mine",
+    "decode_attention": "shared.parts[warp][element] =",
+    "sample_tokens": "double* buffer = shared_.sums",
+}
 
 
 def run(sanitizer: str, *cases: str, **environment: str) -> subprocess.CompletedProcess[str]:

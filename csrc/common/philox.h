@@ -15,7 +15,11 @@ struct PhiloxWords {
 
 GEAR_HD inline PhiloxWords philox4x32(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3,
                                       std::uint32_t k0, std::uint32_t k1) {
+#if defined(__CUDACC__)
+#pragma unroll
+#else
 #pragma GCC unroll 10
+#endif
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t product0 = static_cast<std::uint64_t>(c0) * 0xD2511F53u;
     const std::uint64_t product1 = static_cast<std::uint64_t>(c2) * 0xCD9E8D57u;

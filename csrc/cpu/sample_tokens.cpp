@@ -9,6 +9,7 @@
 
 #include "common/exponential.h"
 #include "common/philox.h"
+#include "common/threshold_search.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "cpu/skinny_linear.h"
@@ -18,12 +19,6 @@ namespace {
 
 constexpr std::int64_t kBlock = 256;  // tokens that pass through the caches together
 constexpr int kSums = 16;             // independent partial sums, joined in order
-
-// Order-preserving: key(a) < key(b) if a < b. -0 and +0 are one value and have one key.
-inline std::uint32_t order_key(float x) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(float_bits(x + 0.0f));
-  return bits ^ ((bits >> 31) != 0 ? 0xffffffffu : 0x80000000u);
-}
 
 // Step 1 and 2: scores[v], and their maximum.
 float score(const SampleTokens& call, std::int64_t image, float* scores) {
@@ -51,16 +46,12 @@ float score(const SampleTokens& call, std::int64_t image, float* scores) {
   return best;
 }
 
-// The largest key that at least k keys reach: the k-th largest.
 std::uint32_t kth_largest(const std::uint32_t* keys, std::int64_t n, std::int64_t k) {
-  std::uint32_t threshold = 0;
-  for (int bit = 31; bit >= 0; --bit) {
-    const std::uint32_t candidate = threshold | (1u << bit);
+  return largest_key([=](std::uint32_t candidate) {
     std::int32_t reached = 0;
     for (std::int64_t v = 0; v < n; ++v) reached += keys[v] >= candidate ? 1 : 0;
-    if (reached >= k) threshold = candidate;
-  }
-  return threshold;
+    return reached >= k;
+  });
 }
 
 double mass_above(const std::uint32_t* keys, const float* probabilities, std::int64_t n, std::uint32_t key) {
@@ -83,11 +74,9 @@ void keep_top_p(const std::uint32_t* keys, float* weights, float* probabilities,
   const float normaliser = static_cast<float>(total);
   for (std::int64_t v = 0; v < n; ++v) probabilities[v] = weights[v] / normaliser;
   // The smallest key with at most p above it is the last that is kept, in whole or in part.
-  std::uint32_t last = 0xffffffffu;
-  for (int bit = 31; bit >= 0; --bit) {
-    const std::uint32_t candidate = last & ~(1u << bit);
-    if (static_cast<float>(mass_above(keys, probabilities, n, candidate)) <= top_p) last = candidate;
-  }
+  const std::uint32_t last = smallest_key([=](std::uint32_t candidate) {
+    return static_cast<float>(mass_above(keys, probabilities, n, candidate)) <= top_p;
+  });
   double before = mass_above(keys, probabilities, n, last);
   for (std::int64_t v = 0; v < n; ++v) {
     if (keys[v] > last) continue;

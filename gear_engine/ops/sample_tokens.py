@@ -230,6 +230,44 @@ def _cpu(
     return out
 
 
+def _cuda(
+    logits: torch.Tensor,
+    table: SamplingTable,
+    *,
+    noise: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    token_table: torch.Tensor | None = None,
+    draw_slots: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compiled; the arithmetic of :func:`_cpu` where the CPU has fused multiply-adds. Reads nothing on the host.
+
+    Args:
+        token_table: int64 (N, L): image b's token is also written to ``token_table[draw_slots[b], positions[b]]``,
+            unless the image does not draw.
+        draw_slots: int64 (B,).
+    """
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    out = torch.empty(table.images, dtype=torch.int64, device=logits.device)
+    if token_table is not None and (
+        draw_slots is None or positions is None or token_table.dtype != torch.int64 or token_table.stride(1) != 1
+    ):
+        raise ValueError("a token table is int64, has contiguous rows and goes with draw_slots and positions")
+    optional = [
+        None if x is None else x.contiguous() for x in (noise, seeds, positions, table.draws, draw_slots)
+    ]  # kept alive during the call
+    noise_at, seeds_at, positions_at, draws_at, slots_at = (0 if x is None else x.data_ptr() for x in optional)
+    with native.cuda_kernels(logits.device) as (kernels, stream):
+        kernels.sample_tokens_cuda(
+            table.images, logits.shape[1], logits.data_ptr(), logits.stride(0), table.uncond_rows.data_ptr(),
+            table.cfg_scale.data_ptr(), table.temperature.data_ptr(), table.top_k.data_ptr(), table.top_p.data_ptr(),
+            table.greedy.data_ptr(), noise_at, seeds_at, positions_at, draws_at, out.data_ptr(),
+            *((0, 0) if token_table is None else (token_table.data_ptr(), token_table.stride(0))), slots_at, stream,
+        )  # fmt: skip
+    return out
+
+
 backends.register("sample_tokens", "reference", lambda: reference)
 backends.register(
     "sample_tokens",
@@ -238,5 +276,13 @@ backends.register(
     devices=frozenset({"cpu"}),
     dtypes=frozenset({torch.float32}),
     unavailable=lambda: native.unavailable("sample_tokens_cpu"),
+)
+backends.register(
+    "sample_tokens",
+    "cuda",
+    lambda: _cuda,
+    devices=frozenset({"cuda"}),
+    dtypes=frozenset({torch.float32}),
+    unavailable=lambda: native.unavailable("sample_tokens_cuda"),
 )
 triton_backend.register("sample_tokens", frozenset({torch.float32}))

@@ -63,6 +63,7 @@ __global__ void copies(const float* in, float* out, int stages) {
   const int i = threadIdx.x;
   if (i >= 32) return;
   for (int stage = 0; stage <= stages; ++stage) {
+    if (stage == 1) check(ring[i * 4] != ring[i * 4], "a copy is not seen before it was waited for");
     if (stage < stages) copy_async<16>(ring + (stage % 2 * 32 + i) * 4, in + (stage * 32 + i) * 4, i == 7 ? 8 : 16);
     copy_async_commit();
     if (stage == 0) continue;
@@ -120,4 +121,31 @@ GEAR_CASE(atomics_and_named_barriers) {
   int order[2] = {};
   launch("sums", {3, 96}, sums, &total, order);
   check(total == 144.0f && order[1] == 2, "atomics, named barriers");
+}
+
+// Every finite number survives; halves between neighbours go to the even one, anything beside them to the nearer one.
+template <class T>
+void conversions(int count, int step) {
+  using Bits = decltype(T::bits);
+  const int sign = sizeof(T) == 1 ? 0x80 : 0x8000;
+  for (int code = 0; code + 1 < count; code += step) {
+    const float low = to_float(T{static_cast<Bits>(code)}), high = to_float(T{static_cast<Bits>(code + 1)});
+    const float half = low + (high - low) / 2.0f;
+    check(from_float<T>(low).bits == code && from_float<T>(-low).bits == (code | sign), "representable");
+    check(from_float<T>(half).bits == code + code % 2, "half way");
+    check(from_float<T>(std::nextafter(half, -1.0f)).bits == code, "below half way");
+    check(from_float<T>(std::nextafter(half, INFINITY)).bits == code + 1, "above half way");
+  }
+}
+
+GEAR_CASE(narrow_floats) {
+  conversions<float8>(0x7f, 1);
+  conversions<float16>(0x7c00, 1);
+  conversions<bfloat16>(0x7f80, 7);
+  const float inf = bits_float(0x7f800000), nan = bits_float(0x7fc00000);
+  check(from_float<float8>(1e9f).bits == 0x7e && from_float<float8>(-inf).bits == 0xfe, "e4m3 saturates");
+  check(from_float<float16>(65519.0f).bits == 0x7bff && from_float<float16>(65520.0f).bits == 0x7c00, "fp16 overflows");
+  check(from_float<bfloat16>(inf).bits == 0x7f80 && to_float(float16{0xfc00}) == -inf, "infinities");
+  check(from_float<float8>(nan).bits == 0x7f && from_float<float16>(nan).bits == 0x7fff, "no number");
+  check(std::isnan(to_float(float8{0xff})) && std::isnan(to_float(float16{0x7c01})), "no number");
 }
