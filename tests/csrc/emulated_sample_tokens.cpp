@@ -83,6 +83,6 @@ void thresholds() {
 
 }  // namespace
 
-GEAR_CASE(sample_tokens) { sample(150); }
+GEAR_CASE(sample_tokens) { sample(1100); }
 
 GEAR_CASE(threshold_search) { thresholds(); }
