@@ -4,6 +4,7 @@
 #include "cpu/conv_rows.h"
 #include "cpu/decode_attention.h"
 #include "cpu/decode_step.h"
+#include "cpu/dual_readout.h"
 #include "cpu/group_norm_silu.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
@@ -49,6 +50,7 @@ PYBIND11_MODULE(_C, m) {
   op(m, "conv_rows_pack_cpu", &gear::cpu::conv_rows_pack);
   op(m, "decode_attention_cpu", &gear::cpu::decode_attention);
   op(m, "decode_step_cpu", &gear::cpu::decode_step);
+  op(m, "dual_readout_backward_cpu", &gear::cpu::dual_readout_backward);
   op(m, "group_norm_silu_cpu", &gear::cpu::group_norm_silu);
   op(m, "philox_cpu", &gear::cpu::philox_noise);
   op(m, "residual_moments_cpu", &gear::cpu::residual_moments);

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from gear_engine.errors import BackendUnavailableError, InvalidRequestError
-from gear_engine.ops import backends, codebook_quantize, sign_bits, soft_readout
+from gear_engine.ops import backends, codebook_quantize, native, sign_bits, soft_readout
 from gear_engine.ops.soft_readout import Distance, check_arguments, scale_and_bias
 
 __all__ = ["Distance", "dual_readout", "reference"]
@@ -103,12 +103,23 @@ def reference(
 
 
 class _Gradients(NamedTuple):
-    """Gradients of z, codebook and table, None where not asked for, and of the bias, zeros where codebook's is None."""
+    """None where not asked for; the bias goes with the codebook."""
 
     z: torch.Tensor | None
     codebook: torch.Tensor | None
     bias: torch.Tensor | None
     table: torch.Tensor | None
+
+    @classmethod
+    def allocate(
+        cls, z: torch.Tensor, codebook: torch.Tensor, bias: torch.Tensor, table: torch.Tensor, needs: list[bool]
+    ) -> _Gradients:
+        """z's left as it is, since every row is written once; zeros to add to for the others."""
+        zeros = [
+            torch.zeros_like(operand) if need else None
+            for operand, need in zip((codebook, bias, table), (needs[1], *needs[1:]), strict=True)
+        ]
+        return cls(torch.empty_like(z) if needs[0] else None, *zeros)
 
 
 class _Kernels(NamedTuple):
@@ -258,19 +269,13 @@ def _chunked_backward(
     scale: float,
     needs: list[bool],
 ) -> _Gradients:
-    need_z, need_codebook, need_table = needs
-    found = _Gradients(
-        torch.empty_like(z) if need_z else None,
-        torch.zeros_like(codebook) if need_codebook else None,
-        torch.zeros_like(bias) if need_codebook else None,
-        torch.zeros_like(table) if need_table else None,
-    )
+    found = _Gradients.allocate(z, codebook, bias, table, needs)
     scratch: torch.Tensor | None = None
     for rows, scores in _scores(z, codebook, bias, scale):
         weights = scores.sub_(lse[rows, None]).exp_()
         if found.table is not None:
             found.table.addmm_(weights.t(), grad[rows])
-        if not (need_z or need_codebook):
+        if not (needs[0] or needs[1]):
             continue
         scratch = torch.empty_like(scores) if scratch is None else scratch[: scores.shape[0]]
         d_scores = torch.mm(grad[rows], table.t(), out=scratch).sub_(delta[rows, None]).mul_(weights)
@@ -282,8 +287,48 @@ def _chunked_backward(
     return found
 
 
+# ---- compiled --------------------------------------------------------------------------------------------------------
+
+
+def _cpu_forward(
+    z: torch.Tensor, codebook: torch.Tensor, bias: torch.Tensor, table: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lse = torch.empty(z.shape[0])
+    return soft_readout.cpu_kernel(z, codebook, bias, table, scale, lse), lse
+
+
+def _cpu_backward(
+    grad: torch.Tensor,
+    delta: torch.Tensor,
+    lse: torch.Tensor,
+    z: torch.Tensor,
+    codebook: torch.Tensor,
+    bias: torch.Tensor,
+    table: torch.Tensor,
+    scale: float,
+    needs: list[bool],
+) -> _Gradients:
+    found = _Gradients.allocate(z, codebook, bias, table, needs)
+    native.cpu_kernels().dual_readout_backward_cpu(
+        *(operand.data_ptr() for operand in (grad, delta, lse, z, codebook, bias, table)),
+        *(*z.shape[:1], *codebook.shape, table.shape[1]),
+        scale,
+        *(0 if one is None else one.data_ptr() for one in found),
+    )
+    return found
+
+
 _KERNELS: Final[dict[str, Callable[[], _Kernels]]] = {
     "chunked": lambda: _Kernels(_chunked_forward, _chunked_backward),
+    "cpu": lambda: _Kernels(_cpu_forward, _cpu_backward),
 }
 backends.register("dual_readout", "reference", lambda: reference)
 backends.register("dual_readout", "chunked", lambda: functools.partial(dual_readout, backend="chunked"), dtypes=DTYPES)
+backends.register(
+    "dual_readout",
+    "cpu",
+    lambda: functools.partial(dual_readout, backend="cpu"),
+    devices=frozenset({"cpu"}),
+    dtypes=frozenset({torch.float32}),
+    unavailable=lambda: native.unavailable("dual_readout_backward_cpu"),
+)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from gear_engine.errors import InvalidRequestError
 from gear_engine.ops import backends, native
 
-__all__ = ["Distance", "check_arguments", "reference", "scale_and_bias", "soft_readout"]
+__all__ = ["Distance", "check_arguments", "cpu_kernel", "reference", "scale_and_bias", "soft_readout"]
 
 Distance = Literal["l2", "l2_normalized", "inner_product", "lfq"]
 
@@ -112,22 +112,35 @@ def reference(
     return F.softmax(-d / tau, dim=-1) @ table
 
 
+def cpu_kernel(
+    z: torch.Tensor,
+    codebook: torch.Tensor,
+    bias: torch.Tensor,
+    table: torch.Tensor,
+    scale: float,
+    lse: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """softmax_k(scale (z . e + bias)) @ table by the compiled kernel; contiguous operands.
+
+    ``lse`` [N] takes the logarithm of every row's sum of exponentials.
+    """
+    out = torch.empty(z.shape[0], table.shape[1])
+    native.cpu_kernels().soft_readout_cpu(
+        *(operand.data_ptr() for operand in (z, codebook, bias, table)),
+        *(*z.shape[:1], *codebook.shape, table.shape[1]),
+        scale,
+        out.data_ptr(),
+        0 if lse is None else lse.data_ptr(),
+    )
+    return out
+
+
 def _cpu(z: torch.Tensor, codebook: torch.Tensor, table: torch.Tensor, tau: float, distance: Distance) -> torch.Tensor:
     if distance == "l2_normalized":
         z, codebook = F.normalize(z, dim=-1), F.normalize(codebook, dim=-1)
     z, codebook, table = z.contiguous(), codebook.contiguous(), table.contiguous()
     scale, bias = scale_and_bias(codebook, tau, distance)
-    out = torch.empty(z.shape[0], table.shape[1])
-    native.module().soft_readout_cpu(
-        z.data_ptr(),
-        codebook.data_ptr(),
-        bias.data_ptr(),
-        table.data_ptr(),
-        *(*z.shape[:1], *codebook.shape, table.shape[1]),
-        scale,
-        out.data_ptr(),
-    )
-    return out
+    return cpu_kernel(z, codebook, bias, table, scale)
 
 
 backends.register("soft_readout", "reference", lambda: reference)

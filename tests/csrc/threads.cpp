@@ -16,6 +16,7 @@
 #include "cpu/conv_rows.h"
 #include "cpu/decode_attention.h"
 #include "cpu/decode_step.h"
+#include "cpu/dual_readout.h"
 #include "cpu/group_norm_silu.h"
 #include "cpu/parallel.h"
 #include "cpu/residual_moments.h"
@@ -190,10 +191,16 @@ std::vector<float> signs() {
 }
 
 std::vector<float> readout() {
-  constexpr int64_t n = 150, k = 300, d = 8, c = 24;
+  constexpr int64_t n = 450, k = 300, d = 8, c = 24;
   const auto z = normal(n * d, 16), codebook = normal(k * d, 17), bias = normal(k, 18), table = normal(k * c, 19);
-  std::vector<float> out(n * c);
-  gear::cpu::soft_readout(z.data(), codebook.data(), bias.data(), table.data(), n, k, d, c, 0.7f, out.data());
+  const auto grad = normal(n * c, 29), delta = normal(n, 30);
+  std::vector<float> out(n * c), lse(n), dz(n * d), dcodebook(k * d), dbias(k), dtable(k * c);
+  gear::cpu::soft_readout(z.data(), codebook.data(), bias.data(), table.data(), n, k, d, c, 0.7f, out.data(),
+                          lse.data());
+  gear::cpu::dual_readout_backward(grad.data(), delta.data(), lse.data(), z.data(), codebook.data(), bias.data(),
+                                   table.data(), n, k, d, c, 0.7f, dz.data(), dcodebook.data(), dbias.data(),
+                                   dtable.data());
+  for (const auto* part : {&lse, &dz, &dcodebook, &dbias, &dtable}) out.insert(out.end(), part->begin(), part->end());
   return out;
 }
 
@@ -259,7 +266,7 @@ int main() {
   equal &= same_from_every_thread("sample_tokens philox", [] { return sampled(false); });
   equal &= same_from_every_thread("philox_noise", philox);
   equal &= same_from_every_thread("sign_bits", signs);
-  equal &= same_from_every_thread("soft_readout", readout);
+  equal &= same_from_every_thread("read-out both ways", readout);
   equal &= same_from_every_thread("conv_rows", convolution);
   equal &= same_from_every_thread("residuals and norm", residuals);
   return equal ? EXIT_SUCCESS : EXIT_FAILURE;
