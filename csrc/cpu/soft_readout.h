@@ -23,7 +23,7 @@ struct SoftReadout {
 
 namespace soft_readout {
 constexpr int kCodes = 64;  // codes per block
-constexpr int kRows = 48;   // rows that share a pass over the codebook
+constexpr int kRows = 96;   // rows that share a pass over the codebook
 
 inline int64_t blocks(int64_t k) { return (k + kCodes - 1) / kCodes; }
 }  // namespace soft_readout

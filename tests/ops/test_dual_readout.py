@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -12,19 +13,23 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gear_engine.errors import BackendUnavailableError, InvalidRequestError
-from gear_engine.ops import backends, codebook_quantize, sign_bits
+from gear_engine.ops import codebook_quantize, sign_bits
 from gear_engine.ops import dual_readout as op
 from gear_engine.ops.dual_readout import dual_readout, reference
 from tests.golden_weights import relative_error
+from tests.ops.cpu_paths import LEVELS, forced, threads
 
 DISTANCES = ("l2", "l2_normalized", "inner_product", "lfq")
-#: Every way that runs here without an interpreter: (backend, dtype).
+#: (backend, dtype, instruction set); Triton's kernels are tested with the others of their kind.
 WAYS = [
-    (name, dtype)
-    for name, found in backends.implementations("dual_readout").items()
-    for dtype in (torch.float32, torch.float64)
-    if name not in ("reference", "triton") and found.why_not(torch.device("cpu"), dtype) is None
+    ("chunked", torch.float32, None),
+    ("chunked", torch.float64, None),
+    *(("cpu", torch.float32, level) for level in LEVELS),
 ]
+
+
+def on(level: str | None) -> AbstractContextManager[None]:
+    return nullcontext() if level is None else forced(level)
 
 
 def operands(n: int, k: int, d: int, c: int, distance: str, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -43,8 +48,8 @@ def values(function: Any, inputs: list[torch.Tensor], tau: float, distance: str,
     return [soft.detach(), *torch.autograd.grad(soft, leaves, upstream.to(soft.dtype)), indices]
 
 
-@pytest.mark.parametrize(("backend", "dtype"), WAYS)
-@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize(("backend", "dtype", "level"), WAYS)
+@settings(max_examples=20, deadline=None)
 @given(
     n=st.one_of(st.integers(0, 9), st.integers(40, 110)),
     k=st.one_of(st.integers(1, 9), st.integers(60, 300)),
@@ -55,11 +60,21 @@ def values(function: Any, inputs: list[torch.Tensor], tau: float, distance: str,
     seed=st.integers(0, 10**6),
 )
 def test_matches_the_materialised_form(
-    backend: str, dtype: torch.dtype, n: int, k: int, d: int, c: int, tau: float, distance: str, seed: int
+    backend: str,
+    dtype: torch.dtype,
+    level: str | None,
+    n: int,
+    k: int,
+    d: int,
+    c: int,
+    tau: float,
+    distance: str,
+    seed: int,
 ) -> None:
     torch.manual_seed(seed)
     inputs = operands(n, k, d, c, distance, dtype)
-    *actual, indices = values(dual_readout, inputs, tau, distance, backend=backend)
+    with on(level):
+        *actual, indices = values(dual_readout, inputs, tau, distance, backend=backend)
     *expected, _ = values(reference, [x.double() for x in inputs], tau, distance)
     assert torch.equal(indices, reference(*inputs, tau, distance)[0])  # type: ignore[arg-type]
     # Rounding of the scores is divided by tau, and a gradient of differences that cancel is as wrong as its terms.
@@ -126,17 +141,32 @@ def test_strided_operands() -> None:
     assert all(relative_error(got, want) <= 1e-4 for got, want in zip(grads, same, strict=True))
 
 
-@pytest.mark.parametrize(("backend", "dtype"), WAYS)
-def test_nothing_overflows(backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("backend", "dtype", "level"), WAYS)
+def test_nothing_overflows(backend: str, dtype: torch.dtype, level: str | None) -> None:
     codebook = torch.tensor([[0.0], [1e4], [-1e4]], dtype=dtype)
     inputs = [torch.tensor([[1.0], [1e4]], dtype=dtype), codebook, torch.eye(3, dtype=dtype)]
-    soft, *grads, indices = values(dual_readout, inputs, 1.0, "l2", backend=backend)
-    assert soft.tolist() == [[1, 0, 0], [0, 1, 0]] and indices.tolist() == [0, 1]
-    assert all(bool(grad.isfinite().all()) for grad in grads)
     sharp = operands(7, 0, 6, 5, "lfq", dtype)
-    soft, *grads, indices = values(dual_readout, sharp, 1e-6, "lfq", backend=backend)
+    with on(level):
+        far = values(dual_readout, inputs, 1.0, "l2", backend=backend)
+        soft, *grads, indices = values(dual_readout, sharp, 1e-6, "lfq", backend=backend)
+    assert far[0].tolist() == [[1, 0, 0], [0, 1, 0]] and far[-1].tolist() == [0, 1]
     assert torch.equal(soft, sharp[2][indices])  # as sharp as an argmax
-    assert all(bool(grad.isfinite().all()) for grad in grads)
+    assert all(bool(grad.isfinite().all()) for grad in (*far[1:4], *grads))
+
+
+def test_threads_and_other_rows_change_no_bit() -> None:
+    """More rows than one chunk of the compiled backward pass, and more codes than one block."""
+    inputs = operands(450, 150, 8, 20, "l2", torch.float32)
+    with threads(1):
+        whole = values(dual_readout, inputs, 0.3, "l2", backend="cpu")
+    with threads(5):
+        again = values(dual_readout, inputs, 0.3, "l2", backend="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    expected = values(reference, [x.double() for x in inputs], 0.3, "l2")
+    assert all(relative_error(a, b) <= 1e-4 for a, b in zip(whole[:4], expected[:4], strict=True))
+    rows = torch.tensor([0, 97, 383, 384, 449])
+    few = values(dual_readout, [inputs[0][rows], *inputs[1:]], 0.3, "l2", backend="cpu")
+    assert torch.equal(few[0], whole[0][rows])
 
 
 class _Largest(TorchDispatchMode):
