@@ -42,7 +42,9 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 #: Rooms that plan or describe, and so know no device.
 WITHOUT_TORCH = frozenset({"errors", "config", "request", "scheduler", "segments"})
 #: Modules of ops/ that are no op.
-OPS_HELPERS = frozenset({"__init__", "backends", "decode_attention_cuda", "native", "triton_backend"})
+OPS_HELPERS = frozenset(
+    {"__init__", "backends", "decode_attention_cuda", "native", "readout_kernels", "triton_backend"}
+)
 #: Functions that several kernels share, with a reference and a test of their own but no backend to choose.
 SHARED_FUNCTIONS = frozenset({"philox"})
 

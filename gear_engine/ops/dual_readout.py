@@ -25,21 +25,19 @@ distances of its quantizers; recomputation: FlashAttention (arXiv 2205.14135).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 
 from gear_engine.errors import BackendUnavailableError, InvalidRequestError
-from gear_engine.ops import backends, codebook_quantize, native, sign_bits, soft_readout
-from gear_engine.ops.soft_readout import Distance, check_arguments, scale_and_bias
+from gear_engine.ops import backends, codebook_quantize, native, sign_bits, soft_readout, triton_backend
+from gear_engine.ops.readout_kernels import KERNELS, Kernels, scale_and_bias
+from gear_engine.ops.soft_readout import Distance, check_arguments
 
 __all__ = ["Distance", "dual_readout", "reference"]
 
 DTYPES: Final = frozenset({torch.float32, torch.float64})
-#: Scores that the chunked backend holds at once, per array: 16 MiB in fp32.
-_BLOCK_SCORES: Final = 2**22
 
 
 def dual_readout(
@@ -102,41 +100,8 @@ def reference(
 # ---- the op as torch sees it -----------------------------------------------------------------------------------------
 
 
-class _Gradients(NamedTuple):
-    """None where not asked for; the bias goes with the codebook."""
-
-    z: torch.Tensor | None
-    codebook: torch.Tensor | None
-    bias: torch.Tensor | None
-    table: torch.Tensor | None
-
-    @classmethod
-    def allocate(
-        cls, z: torch.Tensor, codebook: torch.Tensor, bias: torch.Tensor, table: torch.Tensor, needs: list[bool]
-    ) -> _Gradients:
-        """z's left as it is, since every row is written once; zeros to add to for the others."""
-        zeros = [
-            torch.zeros_like(operand) if need else None
-            for operand, need in zip((codebook, bias, table), (needs[1], *needs[1:]), strict=True)
-        ]
-        return cls(torch.empty_like(z) if needs[0] else None, *zeros)
-
-
-class _Kernels(NamedTuple):
-    """One implementation, on contiguous operands.
-
-    Attributes:
-        forward: (z, codebook, bias, table, scale) -> (soft, lse [N]).
-        backward: (grad, delta [N], lse, z, codebook, bias, table, scale, needs) -> gradients; delta = rowsum(G * soft),
-            needs = for which of z, codebook, table.
-    """
-
-    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    backward: Callable[..., _Gradients]
-
-
-def _kernels(z: torch.Tensor, backend: str) -> _Kernels:
-    return _KERNELS[backends.resolve("dual_readout", z.device, z.dtype, backend).backend]()
+def _kernels(z: torch.Tensor, backend: str) -> Kernels:
+    return KERNELS[backends.resolve("dual_readout", z.device, z.dtype, backend).backend]()
 
 
 @torch.library.custom_op("gear_engine::dual_readout", mutates_args=())
@@ -231,99 +196,11 @@ _forward.register_autograd(_differentiate, setup_context=_keep)
 _backward.register_autograd(_refuse)
 
 
-# ---- plain torch in blocks of rows -----------------------------------------------------------------------------------
-
-
-def _scores(
-    z: torch.Tensor, codebook: torch.Tensor, bias: torch.Tensor, scale: float
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(rows, S of these rows [rows, K]) block by block, in one buffer."""
-    block = max(1, _BLOCK_SCORES // codebook.shape[0])
-    buffer = z.new_empty(min(block, z.shape[0]), codebook.shape[0])
-    for start in range(0, z.shape[0], block):
-        part = z[start : start + block]
-        scores = buffer[: part.shape[0]]
-        torch.addmm(bias, part, codebook.t(), beta=scale, alpha=scale, out=scores)
-        yield slice(start, start + part.shape[0]), scores
-
-
-def _chunked_forward(
-    z: torch.Tensor, codebook: torch.Tensor, bias: torch.Tensor, table: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    soft, lse = z.new_empty(z.shape[0], table.shape[1]), z.new_empty(z.shape[0])
-    for rows, scores in _scores(z, codebook, bias, scale):
-        torch.logsumexp(scores, dim=1, out=lse[rows])
-        scores.sub_(lse[rows, None]).exp_()
-        torch.mm(scores, table, out=soft[rows])
-    return soft, lse
-
-
-def _chunked_backward(
-    grad: torch.Tensor,
-    delta: torch.Tensor,
-    lse: torch.Tensor,
-    z: torch.Tensor,
-    codebook: torch.Tensor,
-    bias: torch.Tensor,
-    table: torch.Tensor,
-    scale: float,
-    needs: list[bool],
-) -> _Gradients:
-    found = _Gradients.allocate(z, codebook, bias, table, needs)
-    scratch: torch.Tensor | None = None
-    for rows, scores in _scores(z, codebook, bias, scale):
-        weights = scores.sub_(lse[rows, None]).exp_()
-        if found.table is not None:
-            found.table.addmm_(weights.t(), grad[rows])
-        if not (needs[0] or needs[1]):
-            continue
-        scratch = torch.empty_like(scores) if scratch is None else scratch[: scores.shape[0]]
-        d_scores = torch.mm(grad[rows], table.t(), out=scratch).sub_(delta[rows, None]).mul_(weights)
-        if found.z is not None:
-            torch.mm(d_scores, codebook, out=found.z[rows]).mul_(scale)
-        if found.codebook is not None and found.bias is not None:
-            found.codebook.addmm_(d_scores.t(), z[rows], alpha=scale)
-            found.bias.add_(d_scores.sum(dim=0), alpha=scale)
-    return found
-
-
-# ---- compiled --------------------------------------------------------------------------------------------------------
-
-
-def _cpu_forward(
-    z: torch.Tensor, codebook: torch.Tensor, bias: torch.Tensor, table: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    lse = torch.empty(z.shape[0])
-    return soft_readout.cpu_kernel(z, codebook, bias, table, scale, lse), lse
-
-
-def _cpu_backward(
-    grad: torch.Tensor,
-    delta: torch.Tensor,
-    lse: torch.Tensor,
-    z: torch.Tensor,
-    codebook: torch.Tensor,
-    bias: torch.Tensor,
-    table: torch.Tensor,
-    scale: float,
-    needs: list[bool],
-) -> _Gradients:
-    found = _Gradients.allocate(z, codebook, bias, table, needs)
-    native.cpu_kernels().dual_readout_backward_cpu(
-        *(operand.data_ptr() for operand in (grad, delta, lse, z, codebook, bias, table)),
-        *(*z.shape[:1], *codebook.shape, table.shape[1]),
-        scale,
-        *(0 if one is None else one.data_ptr() for one in found),
-    )
-    return found
-
-
-_KERNELS: Final[dict[str, Callable[[], _Kernels]]] = {
-    "chunked": lambda: _Kernels(_chunked_forward, _chunked_backward),
-    "cpu": lambda: _Kernels(_cpu_forward, _cpu_backward),
-}
 backends.register("dual_readout", "reference", lambda: reference)
 backends.register("dual_readout", "chunked", lambda: functools.partial(dual_readout, backend="chunked"), dtypes=DTYPES)
+triton_backend.register(
+    "dual_readout", frozenset({torch.float32}), load=lambda: functools.partial(dual_readout, backend="triton")
+)
 backends.register(
     "dual_readout",
     "cpu",

@@ -17,6 +17,7 @@ Source: the soft branch of GEAR ``src/train_gear.py``; distances as the official
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal, get_args
 
@@ -24,9 +25,10 @@ import torch
 import torch.nn.functional as F
 
 from gear_engine.errors import InvalidRequestError
-from gear_engine.ops import backends, native
+from gear_engine.ops import backends, native, triton_backend
+from gear_engine.ops.readout_kernels import KERNELS, scale_and_bias
 
-__all__ = ["Distance", "check_arguments", "cpu_kernel", "reference", "scale_and_bias", "soft_readout"]
+__all__ = ["Distance", "check_arguments", "reference", "soft_readout"]
 
 Distance = Literal["l2", "l2_normalized", "inner_product", "lfq"]
 
@@ -77,8 +79,8 @@ def check_arguments(z: torch.Tensor, codebook: torch.Tensor, table: torch.Tensor
     """
     if distance not in get_args(Distance):
         raise InvalidRequestError(f"distance must be one of {', '.join(get_args(Distance))}, got {distance!r}")
-    if not 0 < tau < math.inf:
-        raise InvalidRequestError(f"tau must be positive and finite, got {tau}")
+    if not (torch.finfo(z.dtype).tiny if z.is_floating_point() else 0) < tau < math.inf:
+        raise InvalidRequestError(f"tau must be positive and finite, 1 / tau too, got {tau}")
     shapes = f"z {tuple(z.shape)}, codebook {tuple(codebook.shape)}, table {tuple(table.shape)}"
     if z.ndim != 2 or codebook.ndim != 2 or table.ndim != 2 or z.shape[1] != codebook.shape[1]:
         raise InvalidRequestError(f"z (N, d), codebook (K, d) and table (K, C) do not fit: {shapes}")
@@ -86,16 +88,6 @@ def check_arguments(z: torch.Tensor, codebook: torch.Tensor, table: torch.Tensor
         raise InvalidRequestError(f"codebook (K, d) and table (K, C) do not fit or are empty: {shapes}")
     if not (z.dtype == codebook.dtype == table.dtype and z.device == codebook.device == table.device):
         raise InvalidRequestError("z, codebook and table must share dtype and device")
-
-
-def scale_and_bias(codebook: torch.Tensor, tau: float, distance: str) -> tuple[float, torch.Tensor]:
-    """(scale, bias [K]) with -D / tau = scale (z . e + bias) up to a term that is the same for all codes.
-
-    z and e as they enter the distance: already normalised.
-    """
-    if distance in ("l2", "l2_normalized"):
-        return 2.0 / tau, codebook.square().sum(dim=1).mul_(-0.5)
-    return (1.0 if distance == "inner_product" else 2.0) / tau, codebook.new_zeros(codebook.shape[0])
 
 
 def reference(
@@ -112,42 +104,22 @@ def reference(
     return F.softmax(-d / tau, dim=-1) @ table
 
 
-def cpu_kernel(
-    z: torch.Tensor,
-    codebook: torch.Tensor,
-    bias: torch.Tensor,
-    table: torch.Tensor,
-    scale: float,
-    lse: torch.Tensor | None = None,
+def _run(
+    backend: str, z: torch.Tensor, codebook: torch.Tensor, table: torch.Tensor, tau: float, distance: Distance
 ) -> torch.Tensor:
-    """softmax_k(scale (z . e + bias)) @ table by the compiled kernel; contiguous operands.
-
-    ``lse`` [N] takes the logarithm of every row's sum of exponentials.
-    """
-    out = torch.empty(z.shape[0], table.shape[1])
-    native.cpu_kernels().soft_readout_cpu(
-        *(operand.data_ptr() for operand in (z, codebook, bias, table)),
-        *(*z.shape[:1], *codebook.shape, table.shape[1]),
-        scale,
-        out.data_ptr(),
-        0 if lse is None else lse.data_ptr(),
-    )
-    return out
-
-
-def _cpu(z: torch.Tensor, codebook: torch.Tensor, table: torch.Tensor, tau: float, distance: Distance) -> torch.Tensor:
     if distance == "l2_normalized":
         z, codebook = F.normalize(z, dim=-1), F.normalize(codebook, dim=-1)
     z, codebook, table = z.contiguous(), codebook.contiguous(), table.contiguous()
     scale, bias = scale_and_bias(codebook, tau, distance)
-    return cpu_kernel(z, codebook, bias, table, scale)
+    return KERNELS[backend]().forward(z, codebook, bias, table, scale)[0]
 
 
 backends.register("soft_readout", "reference", lambda: reference)
+triton_backend.register("soft_readout", frozenset({torch.float32}), load=lambda: functools.partial(_run, "triton"))
 backends.register(
     "soft_readout",
     "cpu",
-    lambda: _cpu,
+    lambda: functools.partial(_run, "cpu"),
     devices=frozenset({"cpu"}),
     dtypes=frozenset({torch.float32}),
     unavailable=lambda: native.unavailable("soft_readout_cpu"),

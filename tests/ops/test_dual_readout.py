@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gear_engine.errors import BackendUnavailableError, InvalidRequestError
-from gear_engine.ops import codebook_quantize, sign_bits
-from gear_engine.ops import dual_readout as op
+from gear_engine.ops import codebook_quantize, readout_kernels, sign_bits
 from gear_engine.ops.dual_readout import dual_readout, reference
 from tests.golden_weights import relative_error
 from tests.ops.cpu_paths import LEVELS, forced, threads
@@ -45,7 +44,7 @@ def values(function: Any, inputs: list[torch.Tensor], tau: float, distance: str,
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     indices, soft = function(*leaves, tau, distance, **options)
     upstream = torch.randn(soft.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return [soft.detach(), *torch.autograd.grad(soft, leaves, upstream.to(soft.dtype)), indices]
+    return [soft.detach(), *torch.autograd.grad(soft, leaves, upstream.to(soft)), indices]
 
 
 @pytest.mark.parametrize(("backend", "dtype", "level"), WAYS)
@@ -185,14 +184,14 @@ class _Largest(TorchDispatchMode):
 def test_chunks_hold_a_bounded_number_of_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = operands(37, 23, 3, 4, "l2")
     whole = values(dual_readout, inputs, 0.7, "l2", backend="chunked")
-    monkeypatch.setattr(op, "_BLOCK_SCORES", 23 * 5)
+    monkeypatch.setattr(readout_kernels, "_BLOCK_SCORES", 23 * 5)
     for got, want in zip(values(dual_readout, inputs, 0.7, "l2", backend="chunked"), whole, strict=True):
         assert torch.allclose(got, want, rtol=1e-12, atol=1e-12)
     z, codebook, table = inputs
     bias = codebook.square().sum(dim=1) / -2
     with _Largest() as largest:
-        soft, lse = op._chunked_forward(z, codebook, bias, table, 2.0)
-        op._chunked_backward(soft, soft.sum(1), lse, z, codebook, bias, table, 2.0, [True, True, True])
+        soft, lse = readout_kernels._chunked_forward(z, codebook, bias, table, 2.0)
+        readout_kernels._chunked_backward(soft, soft.sum(1), lse, z, codebook, bias, table, 2.0, [True, True, True])
     assert largest.elements == max(5 * 23, soft.numel())
 
 
@@ -217,7 +216,7 @@ def test_autocast_is_left_at_the_door() -> None:
 
 def test_bad_arguments() -> None:
     z, codebook, table = operands(4, 16, 8, 5, "l2", torch.float32)
-    for tau in (0.0, -1.0, float("nan"), float("inf")):
+    for tau in (0.0, -1.0, float("nan"), float("inf"), 1e-39):
         with pytest.raises(InvalidRequestError, match="tau"):
             dual_readout(z, codebook, table, tau, "l2")
     for arguments, match in (

@@ -5,12 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gear_engine.ops import codebook_quantize, decode_attention, philox, sample_tokens, skinny_linear
+from gear_engine.ops import (
+    codebook_quantize,
+    decode_attention,
+    dual_readout,
+    philox,
+    sample_tokens,
+    skinny_linear,
+    soft_readout,
+)
 from gear_engine.ops.backends import resolve
 from gear_engine.ops.sample_tokens import SamplingTable
 from gear_engine.request import SamplingParams
 from tests.golden_weights import relative_error
 from tests.ops.sampling_tables import table_of_rows
+from tests.ops.test_dual_readout import operands, values
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -175,3 +184,29 @@ def test_codebook_quantize_takes_the_lowest_of_equal_codes() -> None:
         indices, _ = codebook_quantize.codebook_quantize(z, codebook, metric, backend="triton")
         assert indices.tolist() == codebook_quantize.reference(z, codebook, metric)[0].tolist()
     assert codebook_quantize.codebook_quantize(z, codebook, "l2", backend="triton")[0].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("distance", ["l2", "l2_normalized", "inner_product", "lfq"])
+@pytest.mark.parametrize(("rows", "codes", "width", "columns"), [(70, 90, 5, 40), (1, 3, 1, 1), (0, 4, 2, 5)])
+def test_dual_readout_and_soft_readout(rows: int, codes: int, width: int, columns: int, distance: str) -> None:
+    inputs = [x.to(DEVICE) for x in operands(rows, codes, width, columns, distance, torch.float32)]
+    *actual, indices = values(dual_readout.dual_readout, inputs, 0.3, distance, backend="triton")
+    *expected, _ = values(dual_readout.reference, [x.double() for x in inputs], 0.3, distance)
+    assert torch.equal(indices, dual_readout.reference(*inputs, 0.3, distance)[0])
+    soft = soft_readout.soft_readout(*inputs, 0.3, distance, backend="triton")
+    for got, want in zip((soft, *actual), (expected[0], *expected), strict=True):
+        assert got.shape == want.shape
+        if want.numel():
+            assert float((got.double() - want).abs().max()) <= 1e-4 * max(1.0, float(want.abs().max()))
+
+
+def test_dual_readout_of_a_wide_codebook_and_a_sharp_softmax() -> None:
+    inputs = [x.to(DEVICE) for x in operands(19, 40, 100, 70, "inner_product", torch.float32)]
+    *actual, _ = values(dual_readout.dual_readout, inputs, 0.05, "inner_product", backend="triton")
+    *expected, _ = values(dual_readout.reference, [x.double() for x in inputs], 0.05, "inner_product")
+    for got, want in zip(actual, expected, strict=True):
+        assert float((got.double() - want).abs().max()) <= 1e-3 * max(1.0, float(want.abs().max()))
+    far = [torch.tensor([[1.0], [1e4]]), torch.tensor([[0.0], [1e4], [-1e4]]), torch.eye(3)]
+    soft, *gradients, _ = values(dual_readout.dual_readout, [x.to(DEVICE) for x in far], 1.0, "l2", backend="triton")
+    assert soft.tolist() == [[1, 0, 0], [0, 1, 0]]
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
