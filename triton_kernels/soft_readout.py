@@ -103,9 +103,11 @@ def _mixture_kernel(
 
 
 def block_sizes(d: int) -> dict[str, int]:
-    """Tiles that leave room for vectors of width d."""
+    """Launch options that leave room for vectors of width d."""
     width = max(16, triton.next_power_of_2(d))
-    return {"WIDTH": width, "BLOCK": 64 if width <= 64 else 32 if width <= 256 else 16}
+    # One stage where tiles are wide: copies for a software pipeline would not fit a consumer GPU's shared memory.
+    stages = 2 if width <= 64 else 1
+    return {"WIDTH": width, "BLOCK": 64 if width <= 64 else 32 if width <= 256 else 16, "num_stages": stages}
 
 
 def mixture(
