@@ -20,6 +20,7 @@ from gear_engine.errors import BackendUnavailableError, ConfigError
 from gear_engine.kv_cache import StaticKVCache
 from gear_engine.models.weights import GeneratorWeights
 from gear_engine.ops import GeneratorOps
+from gear_engine.ops.sample_tokens import TokenSink
 from gear_engine.row_table import RowTable
 from gear_engine.runner import decode_step
 from gear_engine.sampler import FiniteWatch, Noise, TorchNoise
@@ -75,6 +76,7 @@ class StepProgram:
         self.rows = rows
         self._weights, self._ops, self._cache, self._buffers = weights, ops, cache, buffers
         self._sampling = buffers.table.sampling(rows)
+        self._sink = TokenSink(buffers.tokens, buffers.table.draw_slots[:rows])
         self._noise = buffers.noise[:rows] if with_noise and buffers.noise is not None else None
 
     def __call__(self) -> None:
@@ -85,8 +87,8 @@ class StepProgram:
         tokens = buffers.tokens[table.image_slots[:rows], fed]
         logits = decode_step(self._weights, self._ops, self._cache, slots, fed, tokens)  # [R, V]
         drawn = fed + 1
-        buffers.tokens[table.draw_slots[:rows], drawn] = self._ops.sample_tokens(
-            logits, self._sampling, noise=self._noise, seeds=table.seeds[:rows], positions=drawn
+        self._ops.sample_tokens(
+            logits, self._sampling, noise=self._noise, seeds=table.seeds[:rows], positions=drawn, sink=self._sink
         )
         buffers.watch.see(logits, live)
         buffers.counter.add_(1)

@@ -41,10 +41,8 @@ FLOORS: tuple[frozenset[str], ...] = (
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 #: Rooms that plan or describe, and so know no device.
 WITHOUT_TORCH = frozenset({"errors", "config", "request", "scheduler", "segments"})
-#: Modules of ops/ that are no op.
-OPS_HELPERS = frozenset(
-    {"__init__", "backends", "decode_attention_cuda", "native", "readout_kernels", "triton_backend"}
-)
+#: Modules of ops/ that are no op; neither is `<op>_cuda`, the call of a kernel.
+OPS_HELPERS = frozenset({"__init__", "backends", "native", "readout_kernels", "triton_backend"})
 #: Functions that several kernels share, with a reference and a test of their own but no backend to choose.
 SHARED_FUNCTIONS = frozenset({"philox"})
 
@@ -128,7 +126,8 @@ def test_the_source_list_is_complete() -> None:
 
 def op_modules() -> list[str]:
     names = {path.stem for path in (ROOT / "gear_engine" / "ops").glob("*.py")}
-    return sorted(names - OPS_HELPERS - SHARED_FUNCTIONS)
+    calls = {f"{name}_cuda" for name in names}
+    return sorted(names - OPS_HELPERS - SHARED_FUNCTIONS - calls)
 
 
 @pytest.mark.parametrize("op", op_modules())

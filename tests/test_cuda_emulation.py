@@ -5,10 +5,20 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from dataclasses import dataclass
 
 import pytest
+import torch
 
 from tests import emulation
+from tests.ops.conftest import OnDevice
+
+
+@dataclass(frozen=True)
+class SettingsForTests:
+    scale: torch.Tensor
+    count: int
+
 
 #: Per kernel file, the code whose next __syncthreads is left out.
 PLANTED = {
@@ -45,3 +55,19 @@ def test_a_missing_barrier_is_found(op: str) -> None:
     assert done.returncode != 0
     assert "ThreadSanitizer: data race" in done.stderr
     assert f"{op}.cu" in done.stderr
+
+
+def test_operands_move_with_their_storage_and_back() -> None:
+    """What the op tests do on a machine with a GPU."""
+    cache = torch.zeros(3, 8)[:, 1:6]
+    scales = SettingsForTests(torch.ones(3), 2)
+
+    def function(view: torch.Tensor, settings: SettingsForTests) -> torch.Tensor:
+        assert view.stride() == (8, 1)
+        assert view.storage_offset() == 1
+        assert view.data_ptr() != cache.data_ptr()
+        view[1] = 5
+        return settings.scale * settings.count
+
+    assert torch.equal(OnDevice(function, torch.device("cpu"))(cache, settings=scales), torch.full((3,), 2.0))
+    assert torch.equal(cache, torch.tensor([[0.0], [5.0], [0.0]]).expand(3, 5))

@@ -18,7 +18,7 @@ import triton.language as tl
 from gear_engine.triton_kernels.philox import exponential_noise
 
 if TYPE_CHECKING:
-    from gear_engine.ops.sample_tokens import SamplingTable
+    from gear_engine.ops.sample_tokens import SamplingTable, TokenSink
 
 
 @triton.jit
@@ -121,6 +121,7 @@ def sample_tokens(
     noise: torch.Tensor | None = None,
     seeds: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
+    sink: TokenSink | None = None,
 ) -> torch.Tensor:
     """Launches the kernel; the arguments were checked by :func:`gear_engine.ops.sample_tokens.sample_tokens`."""
     images = table.images
@@ -155,4 +156,4 @@ def sample_tokens(
         num_warps=16 if block >= 8192 else 4,
         enable_fp_fusion=False,
     )
-    return out
+    return out if sink is None else sink.write(out, positions)

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from gear_engine.ops import backends, native, philox, triton_backend
+from gear_engine.ops import backends, native, philox, sample_tokens_cuda, triton_backend
 from gear_engine.request import SamplingParams
 
-__all__ = ["SamplingTable", "filter_logits", "guide", "reference", "sample_tokens"]
+__all__ = ["SamplingTable", "TokenSink", "filter_logits", "guide", "reference", "sample_tokens"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,26 @@ class SamplingTable:
         )
 
 
+@dataclass(frozen=True)
+class TokenSink:
+    """Where drawn tokens also go, for the next step to read them on the device.
+
+    Attributes:
+        tokens: int64 (N, L), rows contiguous; image b's token is written to ``tokens[slots[b], positions[b]]``.
+        slots: int64 (B,); -1 for an image that does not draw: the last row of ``tokens`` belongs to nobody.
+    """
+
+    tokens: torch.Tensor
+    slots: torch.Tensor
+
+    def write(self, drawn: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        """Writes ``drawn`` (B,) and returns it."""
+        if positions is None:
+            raise ValueError("tokens that go to a table need positions")
+        self.tokens[self.slots, positions] = drawn
+        return drawn
+
+
 def sample_tokens(
     logits: torch.Tensor,
     table: SamplingTable,
@@ -102,6 +122,7 @@ def sample_tokens(
     noise: torch.Tensor | None = None,
     seeds: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
+    sink: TokenSink | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """The module's formula, checked, by the chosen backend.
@@ -111,6 +132,7 @@ def sample_tokens(
         table: the images' settings.
         noise: fp32 (B, V), positive; or None for Philox.
         seeds, positions: int64 (B,): Philox key and image-token index, unless ``noise`` is given or all are greedy.
+        sink: a table that the tokens are also written to; needs ``positions``.
 
     Returns:
         int64 (B,).
@@ -128,7 +150,9 @@ def sample_tokens(
             if index is None or index.shape != (images,) or index.dtype != torch.int64:
                 raise ValueError(f"{name} must be int64 ({images},) when no noise is given")
     run = backends.resolve("sample_tokens", logits.device, logits.dtype, backend).load()
-    out: torch.Tensor = run(logits, table, noise=noise, seeds=seeds, positions=positions)
+    if sink is not None and (positions is None or sink.tokens.dtype != torch.int64 or sink.tokens.stride(1) != 1):
+        raise ValueError("tokens go to an int64 table with contiguous rows, and need positions")
+    out: torch.Tensor = run(logits, table, noise=noise, seeds=seeds, positions=positions, sink=sink)
     return out
 
 
@@ -176,6 +200,7 @@ def reference(
     noise: torch.Tensor | None = None,
     seeds: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
+    sink: TokenSink | None = None,
 ) -> torch.Tensor:
     """Plain torch; all images at once, and no pass over the vocabulary that no image asks for."""
     uniform = table.uniform
@@ -184,9 +209,8 @@ def reference(
         scores = scores / table.temperature[:, None]
     elif uniform.temperature != 1:
         scores = scores / max(uniform.temperature, 1e-5)
-    probabilities = F.softmax(filter_logits(scores, table), dim=-1)
+    raced = probabilities = F.softmax(filter_logits(scores, table), dim=-1)
     greedy = None if table.params is None else [not p.sample_logits for p in table.params]
-    raced = probabilities
     if greedy is None or not all(greedy):
         if noise is None:
             if seeds is None or positions is None:
@@ -196,7 +220,9 @@ def reference(
         if greedy is None or any(greedy):
             raced = torch.where(table.greedy[:, None], probabilities, raced)
     tokens = raced.argmax(dim=-1)
-    return tokens if table.draws is None else torch.where(table.draws, tokens, 0)
+    if table.draws is not None:
+        tokens = torch.where(table.draws, tokens, 0)
+    return tokens if sink is None else sink.write(tokens, positions)
 
 
 def _cpu(
@@ -206,6 +232,7 @@ def _cpu(
     noise: torch.Tensor | None = None,
     seeds: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
+    sink: TokenSink | None = None,
 ) -> torch.Tensor:
     """Compiled; no sort. An image's token depends on its own logits, settings and noise only.
 
@@ -227,45 +254,7 @@ def _cpu(
         0 if positions is None else positions.data_ptr(), 0 if table.draws is None else table.draws.data_ptr(),
         out.data_ptr(),
     )  # fmt: skip
-    return out
-
-
-def _cuda(
-    logits: torch.Tensor,
-    table: SamplingTable,
-    *,
-    noise: torch.Tensor | None = None,
-    seeds: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    token_table: torch.Tensor | None = None,
-    draw_slots: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Compiled; the arithmetic of :func:`_cpu` where the CPU has fused multiply-adds. Reads nothing on the host.
-
-    Args:
-        token_table: int64 (N, L): image b's token is also written to ``token_table[draw_slots[b], positions[b]]``,
-            unless the image does not draw.
-        draw_slots: int64 (B,).
-    """
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
-    out = torch.empty(table.images, dtype=torch.int64, device=logits.device)
-    if token_table is not None and (
-        draw_slots is None or positions is None or token_table.dtype != torch.int64 or token_table.stride(1) != 1
-    ):
-        raise ValueError("a token table is int64, has contiguous rows and goes with draw_slots and positions")
-    optional = [
-        None if x is None else x.contiguous() for x in (noise, seeds, positions, table.draws, draw_slots)
-    ]  # kept alive during the call
-    noise_at, seeds_at, positions_at, draws_at, slots_at = (0 if x is None else x.data_ptr() for x in optional)
-    with native.cuda_kernels(logits.device) as (kernels, stream):
-        kernels.sample_tokens_cuda(
-            table.images, logits.shape[1], logits.data_ptr(), logits.stride(0), table.uncond_rows.data_ptr(),
-            table.cfg_scale.data_ptr(), table.temperature.data_ptr(), table.top_k.data_ptr(), table.top_p.data_ptr(),
-            table.greedy.data_ptr(), noise_at, seeds_at, positions_at, draws_at, out.data_ptr(),
-            *((0, 0) if token_table is None else (token_table.data_ptr(), token_table.stride(0))), slots_at, stream,
-        )  # fmt: skip
-    return out
+    return out if sink is None else sink.write(out, positions)
 
 
 backends.register("sample_tokens", "reference", lambda: reference)
@@ -280,7 +269,7 @@ backends.register(
 backends.register(
     "sample_tokens",
     "cuda",
-    lambda: _cuda,
+    lambda: sample_tokens_cuda.run,
     devices=frozenset({"cuda"}),
     dtypes=frozenset({torch.float32}),
     unavailable=lambda: native.unavailable("sample_tokens_cuda"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gear_engine.ops.sample_tokens import SamplingTable, sample_tokens
+from gear_engine.ops.sample_tokens import SamplingTable, TokenSink, sample_tokens
 from gear_engine.request import SamplingParams
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def test_tokens_go_to_the_token_table(run: Run) -> None:
     table = SamplingTable(**{**vars(built), "draws": torch.tensor([True, True, False])})
     logits, tokens = torch.randn(3, 40), torch.full((3, 6), -1)
     seeds, positions, slots = torch.tensor([1, 2, 3]), torch.tensor([5, 0, 2]), torch.tensor([2, 0, -1])
-    drawn = run(logits, table, seeds=seeds, positions=positions, token_table=tokens, draw_slots=slots)
+    drawn = run(logits, table, seeds=seeds, positions=positions, sink=TokenSink(tokens, slots))
     assert drawn[2] == 0
     expected = torch.full((3, 6), -1)
     expected[2, 5], expected[0, 0] = drawn[0], drawn[1]

@@ -210,3 +210,17 @@ def test_rows_that_do_not_draw_may_hold_anything(backend: str) -> None:
     assert tokens[1] == 0
     with pytest.raises(ValueError, match="seeds"):
         op.sample_tokens(logits, table, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_tokens_also_go_to_a_table(backend: str) -> None:
+    table = _table([P(), P(sample_logits=False)], 40)
+    logits, tokens = torch.randn(2, 40), torch.full((3, 6), -1)
+    seeds, positions = torch.tensor([1, 2]), torch.tensor([5, 0])
+    sink = op.TokenSink(tokens, torch.tensor([1, 0]))
+    drawn = op.sample_tokens(logits, table, seeds=seeds, positions=positions, sink=sink, backend=backend)
+    expected = torch.full((3, 6), -1)
+    expected[1, 5], expected[0, 0] = drawn[0], drawn[1]
+    assert torch.equal(tokens, expected)
+    with pytest.raises(ValueError, match="positions"):
+        op.sample_tokens(logits, table, noise=torch.ones(2, 40), sink=sink, backend=backend)
