@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gear_engine.errors import InvalidRequestError
-from gear_engine.metrics import codebook_usage, l1, psnr, ssim
+from gear_engine.metrics import codebook_usage, frechet_distance, l1, psnr, ssim
 
 
 def test_psnr_and_l1_of_a_known_difference() -> None:
@@ -71,3 +71,34 @@ def test_bad_input_is_refused() -> None:
         codebook_usage(torch.tensor([8]), 8)
     with pytest.raises(InvalidRequestError, match="integer"):
         codebook_usage(torch.tensor([0.5]), 8)
+
+
+def test_frechet_distance_of_known_gaussians() -> None:
+    random = np.random.default_rng(0)
+    basis = np.linalg.qr(random.normal(size=(5, 5)))[0]
+    raw = random.normal(size=(4000, 5))
+    raw = (raw - raw.mean(axis=0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(raw.T))).T  # exactly mean 0, covariance 1
+    scales_a, scales_b, shift = np.array([1.0, 2.0, 0.5, 0.0, 3.0]), np.array([1.0, 1.0, 0.5, 0.1, 0.0]), np.arange(5.0)
+    a, b = (raw * scales_a) @ basis, (raw * scales_b) @ basis + shift
+    # Covariances that commute: |shift|^2 + sum (s_a - s_b)^2, singular ones included.
+    expected = float((shift**2).sum() + ((scales_a - scales_b) ** 2).sum())
+    assert frechet_distance(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(torch.from_numpy(a), torch.from_numpy(a)) == pytest.approx(0, abs=1e-6)
+
+
+def test_frechet_distance_when_covariances_do_not_commute() -> None:
+    a = torch.from_numpy(np.random.default_rng(1).normal(size=(50, 3)) * [1, 2, 3])
+    b = torch.from_numpy(np.random.default_rng(2).normal(size=(60, 3)) @ np.array([[1, 2, 0], [0, 1, 1], [1, 0, 1.0]]))
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    values = torch.linalg.eigvals(cov_a @ cov_b).real.clamp_min(0)  # of a product that is not symmetric
+    means = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
+    expected = float(means + cov_a.trace() + cov_b.trace() - 2 * values.sqrt().sum())
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(a.float(), b.float()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_frechet_distance_refuses() -> None:
+    rows = torch.zeros(4, 3)
+    for a, b in ((rows, torch.zeros(4, 2)), (rows[:1], rows), (rows, rows[0]), (rows, rows + math.nan)):
+        with pytest.raises(InvalidRequestError):
+            frechet_distance(a, b)
