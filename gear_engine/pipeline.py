@@ -17,11 +17,10 @@ from gear_engine.memory import available_bytes, check_fits, decoder_bytes
 from gear_engine.models.condition import TextCondition
 from gear_engine.models.transformer import Transformer
 from gear_engine.ops.skinny_linear import PackKind
-from gear_engine.pipeline_output import Images, OutputType, PipelineOutput, decode
+from gear_engine.pipeline_output import Decoding, OutputType, PipelineOutput, make_decoder
 from gear_engine.request import SamplingParams
 from gear_engine.text_encoders import CaptionFeatures, TextEncoder, load_text_encoder
 from gear_engine.tokenizers import Tokenizer
-from gear_engine.tokenizers.decoder_fast import Decoder
 
 __all__ = ["OutputType", "Pipeline", "PipelineOutput"]
 
@@ -41,8 +40,9 @@ class Pipeline:
         dtype: the generator's compute dtype; None: its weights' own.
         backend: kernels to use, see ``gear-engine info``.
         weight_format: ``"bf16"`` or ``"int8"`` packs the generator's linear weights; see :class:`Engine`.
-        decode_dtype: arithmetic of the decoding convolutions on a CPU, over an fp32 tokenizer: ``torch.bfloat16`` is
-            faster, at 45 dB and better against fp32. None: the tokenizer's own dtype.
+        decode_dtype: arithmetic of the decoding convolutions, over an fp32 tokenizer: ``torch.bfloat16`` is faster, at
+            45 dB and better against fp32. On a GPU either dtype decodes by a captured step, beside the drawing of the
+            next images. None: the tokenizer's own dtype, module by module.
         max_images: images sampled at a time; a larger call is split or queued.
         decode_batch: images decoded at a time.
         memory_budget: bytes that sampling may take; None: what the device has left.
@@ -74,7 +74,8 @@ class Pipeline:
         self.dtype = dtype
         self.backend = backend
         self.weight_format = weight_format
-        self._decoder = None if decode_dtype is None else Decoder(tokenizer, dtype=decode_dtype)
+        self._decode_dtype = decode_dtype
+        self._decoder = make_decoder(self.tokenizer, decode_dtype, decode_batch)
         self.max_images = max_images
         self.decode_batch = decode_batch
         self.memory_budget = memory_budget
@@ -164,12 +165,11 @@ class Pipeline:
 
     def to(self, device: torch.device | str) -> Pipeline:
         """Moves the models; the caches are built anew at the next call."""
-        if self._decoder is not None and torch.device(device).type != "cpu":
-            raise ConfigError("decode_dtype is for the CPU: make the pipeline without it, and give tokenizer_dtype")
         self.generator.to(device)
         self.tokenizer.to(device)
         if self.text_encoder is not None:
             self.text_encoder.model.to(device)
+        self._decoder = make_decoder(self.tokenizer, self._decode_dtype, self.decode_batch)
         self.invalidate()
         return self
 
@@ -236,8 +236,9 @@ class Pipeline:
         condition = inputs.repeat(
             inputs.label_list(class_labels) if captions is None else captions, num_images_per_prompt
         )
-        tokens = self._sample(condition, params, seeds, generator, callback_on_step_end)
-        return PipelineOutput(self._decode(tokens, output_type), tokens)
+        decoding = Decoding(self.tokenizer, self._decoder, self.decode_batch, output_type)
+        tokens = self._sample(condition, params, seeds, generator, callback_on_step_end, decoding)
+        return PipelineOutput(decoding.images(tokens), tokens)
 
     def _encode(self, prompt: str | Sequence[str], guided: bool) -> TextCondition:
         if self.text_encoder is None:
@@ -257,6 +258,7 @@ class Pipeline:
         seeds: int | Sequence[int] | None,
         generator: torch.Generator | None,
         callback: StepCallback | None,
+        decoding: Decoding,
     ) -> torch.Tensor:
         count = len(condition)
         if seeds is not None and generator is not None:
@@ -273,7 +275,7 @@ class Pipeline:
             )
         engine = self._engine
         # Streams of their own need no lockstep: the engine queues what does not fit.
-        size = count if keys is not None else self.max_images
+        size = count if keys is not None and not decoding.overlaps else self.max_images
         parts = []
         with tqdm(**{"unit": "step", "desc": "sampling", **self._progress_bar_config}) as bar:
             for start in range(0, count, size):
@@ -290,11 +292,12 @@ class Pipeline:
                         inputs.take(condition, start, start + size),
                         params,
                         rng="torch" if keys is None else "philox",
-                        seeds=keys,
+                        seeds=None if keys is None else keys[start : start + size],
                         generator=generator,
                         callback=on_step,
                     )
                 )
+                decoding.add(parts[-1])
         return torch.cat(parts)
 
     def _engine_budget(self) -> int | None:
@@ -304,9 +307,3 @@ class Pipeline:
         decoder = decoder_bytes(self.tokenizer.config, size, size, images, self.tokenizer.dtype)
         check_fits({f"decoder, {images} images at once": decoder}, available, "lower decode_batch")
         return None if available is None else available - decoder
-
-    def _decode(self, tokens: torch.Tensor, output_type: OutputType) -> Images:
-        if output_type == "latent":
-            return tokens
-        decode_code = self.tokenizer.decode_code if self._decoder is None else self._decoder.decode_code
-        return decode(tokens, self.tokenizer, decode_code, self.decode_batch, output_type)

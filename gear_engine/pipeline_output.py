@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from gear_engine.memory import out_of_memory_is_typed
-from gear_engine.tokenizers import Tokenizer, to_uint8
+from gear_engine.tokenizers import Decoder, DeviceDecoder, Tokenizer, to_uint8
+from gear_engine.tokenizers.device_decoder import Pending
 
-__all__ = ["Images", "OutputType", "PipelineOutput", "arrange", "decode", "join"]
+__all__ = ["Decoding", "Images", "OutputType", "PipelineOutput", "arrange", "decode", "join", "make_decoder"]
 
 #: ``"pil"``: a list of PIL images, the official pixels. ``"np"``: float32 (B, H, W, 3) in [0, 1]. ``"pt"``: floats
 #: (B, 3, H, W) in [0, 1]. ``"latent"``: no decoding, the images are the tokens.
@@ -63,3 +64,48 @@ def decode(
             images = decode_code(chunk.long(), (len(chunk), config.codebook_embed_dim, grid, grid))
             parts.append(arrange(images, output_type))
     return join(parts, output_type)
+
+
+def make_decoder(tokenizer: Tokenizer, dtype: torch.dtype | None, batch: int) -> Decoder | DeviceDecoder | None:
+    """The decoder of the tokenizer's device in ``dtype``; None: the tokenizer decodes as it is.
+
+    Raises:
+        ConfigError, BackendUnavailableError: that device cannot decode so.
+    """
+    if dtype is None:
+        return None
+    if tokenizer.device.type == "cpu":
+        return Decoder(tokenizer, dtype=dtype)
+    return DeviceDecoder(tokenizer, dtype=dtype, batch=batch)
+
+
+class Decoding:
+    """The images of one call. Its tokens may come in parts: a GPU's decoder begins with each at once.
+
+    Attributes:
+        overlaps: whether that is so; then it pays to draw in parts.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, decoder: Decoder | DeviceDecoder | None, batch: int, output_type: OutputType
+    ) -> None:
+        self._tokenizer, self._decoder, self._batch, self._output_type = tokenizer, decoder, batch, output_type
+        self._pending: list[Pending] = []
+        self._device_decoder = decoder if isinstance(decoder, DeviceDecoder) and output_type == "pil" else None
+        self.overlaps = self._device_decoder is not None
+
+    def add(self, tokens: torch.Tensor) -> None:
+        """The next tokens (B, n), in order."""
+        if self._device_decoder is not None:
+            with out_of_memory_is_typed("lower decode_batch"):
+                parts = torch.split(tokens, self._device_decoder.batch)
+                self._pending += [self._device_decoder.submit(part) for part in parts]
+
+    def images(self, tokens: torch.Tensor) -> Images:
+        """All images; ``tokens`` are all that were added."""
+        if self._output_type == "latent":
+            return tokens
+        if self._device_decoder is not None:
+            return join([pending.result() for pending in self._pending], self._output_type)
+        decode_code = self._tokenizer.decode_code if self._decoder is None else self._decoder.decode_code
+        return decode(tokens, self._tokenizer, decode_code, self._batch, self._output_type)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +24,10 @@ from gear_engine.errors import (
 )
 from gear_engine.models.condition import TextCondition
 from gear_engine.models.transformer import Transformer
-from gear_engine.pipeline import Pipeline
+from gear_engine.pipeline import Pipeline, PipelineOutput
 from gear_engine.pipeline_inputs import label_list, seed_list
 from gear_engine.text_encoders import QwenTextEncoder, T5TextEncoder
-from gear_engine.tokenizers import Tokenizer, build_tokenizer, to_uint8
+from gear_engine.tokenizers import DeviceDecoder, Tokenizer, build_tokenizer, to_uint8
 from gear_engine.tokenizers.decoder_fast import unavailable
 
 CLASS_CONFIG = GeneratorConfig(dim=72, n_layer=2, n_head=2, vocab_size=50, block_size=16, num_classes=7)
@@ -248,9 +249,42 @@ def test_decoding_in_bf16(pipe: Pipeline) -> None:
     assert 0 < mean_square < 10**-4  # better than 40 dB, and not the fp32 decoder
 
 
-def test_a_decoder_on_the_cpu_stays_there(pipe: Pipeline) -> None:
-    with pytest.raises(ConfigError, match="decode_dtype is for the CPU"):
-        Pipeline(pipe.generator, pipe.tokenizer, decode_dtype=torch.float32).to("meta")
+def test_a_decoder_goes_where_the_tokenizer_goes(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr("gear_engine.pipeline_output.Decoder", lambda tokenizer, dtype: made.append("cpu"))
+    monkeypatch.setattr(
+        "gear_engine.pipeline_output.DeviceDecoder",
+        lambda tokenizer, dtype, batch: made.append(f"{tokenizer.device}, {batch} at a time"),
+    )
+    fresh = Pipeline(make_generator(), build_tokenizer(TOKENIZER_CONFIG), decode_dtype=torch.float32, decode_batch=3)
+    fresh.to("meta")
+    assert made == ["cpu", "meta, 3 at a time"]
+
+
+@pytest.mark.parametrize("source", ["philox", "torch"])
+def test_decoding_overlaps_with_the_next_images(pipe: Pipeline, source: str) -> None:
+    """A decoder with a side of its own is handed each part before the next is drawn; nothing else changes."""
+    events: list[str] = []
+
+    class Side:
+        def run(self, work: Callable[[], None], tokens: torch.Tensor) -> Callable[[], None]:
+            events.append(f"begin {len(tokens)}")
+            work()
+            return lambda: events.append("wait")
+
+    def call(**more: Any) -> PipelineOutput:
+        one = {"seeds": [4, 5, 6]} if source == "philox" else {"generator": torch.Generator().manual_seed(3)}
+        return pipe([1, 2, 3], **one, **more)
+
+    expected = call()
+    pipe._decoder = DeviceDecoder(pipe.tokenizer, batch=2, side=Side())
+    found = call(callback_on_step_end=lambda *step: events.append("step") if step[2] in (0, 15) else None)
+    assert torch.equal(found.tokens, expected.tokens)
+    assert events == ["step", "step", "begin 2", "step", "step", "begin 1", "wait", "wait"]
+    for one, other in zip(found.images, expected.images, strict=True):
+        assert np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int)).max() <= 1
+    assert torch.equal(call(output_type="latent").images, expected.tokens)
+    assert call(output_type="pt").images.shape == (3, 3, 8, 8)
 
 
 def test_save_and_load(pipe: Pipeline, tmp_path: Path) -> None:

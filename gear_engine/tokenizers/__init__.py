@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gear_engine.tokenizers.decoder_fast import Decoder
+from gear_engine.tokenizers.device_decoder import DeviceDecoder
 from gear_engine.tokenizers.images import resize, to_uint8
 from gear_engine.tokenizers.infer import from_module, infer_config
 from gear_engine.tokenizers.quantizers import soft_readout
@@ -10,6 +11,7 @@ from gear_engine.tokenizers.tokenizer import Tokenizer, build_tokenizer
 
 __all__ = [
     "Decoder",
+    "DeviceDecoder",
     "Tokenizer",
     "build_tokenizer",
     "from_module",

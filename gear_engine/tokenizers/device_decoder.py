@@ -1,0 +1,276 @@
+"""Decoding on a GPU: the modules' network over channels-last maps, as a step that is captured once and replayed.
+
+Per batch: code vectors, the network, ``uint8(clamp(127.5 x + 128, 0, 255))``, all on the device and on a stream of its
+own; then a copy into pinned memory. :meth:`DeviceDecoder.submit` returns at once, so that the next images' tokens can
+be drawn meanwhile. A shorter batch is padded: an image's pixels depend on its codes alone.
+
+``dtype=torch.bfloat16`` rounds the operands and outputs of convolutions and attention; the residual stream, norms,
+width-changing shortcuts and everything before the first convolution stay fp32, as on the CPU
+(:mod:`gear_engine.tokenizers.decoder_fast`).
+
+Not run on hardware yet. Norms are plain torch: several passes over a map, where a fused kernel would make two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from gear_engine.cuda_graph import EagerLauncher, Executor, GraphLauncher, Launcher
+from gear_engine.errors import ConfigError, InvalidRequestError
+from gear_engine.tokenizers import magvit2, vqgan
+from gear_engine.tokenizers.images import to_uint8
+from gear_engine.tokenizers.tokenizer import Tokenizer
+
+__all__ = ["DeviceDecoder", "Pending", "Side"]
+
+
+class Side(Protocol):
+    """Where decoding runs beside the caller's work: the seam between streams and a device without any."""
+
+    def run(self, work: Callable[[], None], tokens: torch.Tensor) -> Callable[[], None]:
+        """Runs ``work``, which reads ``tokens``, behind all that the caller has launched; the result waits for it."""
+        ...
+
+
+class _HereAndNow:
+    """A device without streams."""
+
+    def run(self, work: Callable[[], None], tokens: torch.Tensor) -> Callable[[], None]:
+        work()
+        return lambda: None
+
+
+class _OwnStream:
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    def run(self, work: Callable[[], None], tokens: torch.Tensor) -> Callable[[], None]:
+        # Their memory may not be handed out again before this stream has read it.
+        tokens.record_stream(self._stream)
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            work()
+            done: Any = torch.cuda.Event()
+            done.record()
+        return lambda: done.synchronize()
+
+
+class Pending:
+    """Images on their way: uint8 (B, H, W, 3) on the host."""
+
+    def __init__(self, wait: Callable[[], None], pixels: torch.Tensor) -> None:
+        self._wait: Callable[[], None] | None = wait
+        self._pixels = pixels
+
+    def result(self) -> torch.Tensor:
+        """Waits for the images; they stay valid."""
+        if self._wait is not None:
+            self._wait()
+            # The host buffer is used again.
+            self._pixels, self._wait = self._pixels.clone(), None
+        return self._pixels
+
+
+class _Program(NamedTuple):
+    codes: torch.Tensor
+    pixels: torch.Tensor
+    step: Executor
+
+
+class DeviceDecoder:
+    """Decodes code indices of one tokenizer on its device, in batches of a fixed size.
+
+    Args:
+        tokenizer: an fp32 tokenizer with one index per position. Convolution weights are copied if they change their
+            dtype or layout: call :meth:`refresh` after they changed.
+        dtype: ``torch.float32``, or ``torch.bfloat16`` for the operands of convolutions.
+        batch: images that are decoded together.
+        launcher: how a batch's step runs; None: captured on CUDA, called elsewhere.
+        side: where it runs; None: on a stream of its own on CUDA, here and now elsewhere.
+
+    Raises:
+        ConfigError: another dtype, a tokenizer that is not fp32, or one with several indices per position.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        dtype: torch.dtype = torch.float32,
+        batch: int = 8,
+        launcher: Launcher | None = None,
+        side: Side | None = None,
+    ) -> None:
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ConfigError(f"decoders run in torch.float32 or torch.bfloat16, not {dtype}")
+        if tokenizer.dtype != torch.float32:
+            raise ConfigError(f"the tokenizer must hold fp32 weights, not {tokenizer.dtype}; dtype= rounds operands")
+        if tokenizer.config.num_codebooks != 1:
+            raise ConfigError(
+                f"{tokenizer.config.num_codebooks} indices per position: decode with Tokenizer.decode_code"
+            )
+        if batch < 1:
+            raise ConfigError(f"batch {batch} must be at least 1")
+        self.tokenizer, self.dtype, self.batch = tokenizer, dtype, batch
+        self.device = tokenizer.device
+        on_gpu = self.device.type == "cuda"
+        self._launcher = launcher or (GraphLauncher(self.device) if on_gpu else EagerLauncher())
+        self._side = side or (_OwnStream(self.device) if on_gpu else _HereAndNow())
+        self._weights: dict[nn.Conv2d, torch.Tensor] = {}
+        self._programs: dict[int, _Program] = {}
+        self._hosts: list[torch.Tensor] = []
+        self._pending: list[Pending | None] = [None, None]
+        self._turn = 0
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Reads the convolutions' weights again, into the same places."""
+        decoder = self.tokenizer.decoder
+        convolutions = [module for module in decoder.modules() if isinstance(module, nn.Conv2d)]
+        shortcuts = {module for name, module in decoder.named_modules() if name.endswith("nin_shortcut")}
+        for conv in convolutions:
+            dtype = torch.float32 if conv in shortcuts else self.dtype
+            weight = conv.weight.detach().to(dtype, memory_format=torch.channels_last)
+            if conv in self._weights:
+                self._weights[conv].copy_(weight)
+            else:
+                self._weights[conv] = weight.clone(memory_format=torch.preserve_format)
+
+    @torch.no_grad()
+    def submit(self, tokens: torch.Tensor) -> Pending:
+        """Begins to decode square images.
+
+        Args:
+            tokens: integers (B, n), B at most ``batch``, n a square; in range, as an engine draws them.
+
+        Returns:
+            What gives uint8 (B, H, W, 3). Two batches may be pending; a third waits for the first.
+
+        Raises:
+            InvalidRequestError: another shape.
+        """
+        if tokens.dim() != 2 or math.isqrt(tokens.shape[1]) ** 2 != tokens.shape[1] or not len(tokens):
+            raise InvalidRequestError(f"tokens of square images are (B, n), n a square, not {tuple(tokens.shape)}")
+        if len(tokens) > self.batch:
+            raise InvalidRequestError(f"{len(tokens)} images do not fit a decoder of {self.batch} at a time")
+        program = self._program(math.isqrt(tokens.shape[1]))
+        host = self._host(program.pixels)
+        count = len(tokens)
+
+        def work() -> None:
+            program.codes.zero_()
+            program.codes[:count].copy_(tokens)
+            program.step.run()
+            host[:count].copy_(program.pixels[:count], non_blocking=True)
+
+        pending = Pending(self._side.run(work, tokens), host[:count])
+        self._pending[self._turn] = pending
+        self._turn = 1 - self._turn
+        return pending
+
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, H, W, 3) on the host, for any number of images: batches overlap with their copies."""
+        pending = [self.submit(part) for part in torch.split(tokens, self.batch)]
+        return torch.cat([each.result() for each in pending])
+
+    @torch.no_grad()
+    def decode_code(
+        self, codes: torch.Tensor, shape: Sequence[int] | None = None, channel_first: bool = True
+    ) -> torch.Tensor:
+        """As :meth:`Tokenizer.decode_code`, of any shape, called at once: fp32 images (B, 3, H, W) on the device."""
+        with torch.autocast(self.device.type, enabled=False):
+            quant = self.tokenizer.lookup(codes, shape, channel_first)
+            return self._network(self.tokenizer.post_quant_conv(quant.float()))
+
+    def _host(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The host buffer whose turn it is, free again."""
+        if not self._hosts or self._hosts[0].shape != pixels.shape:
+            for pending in self._pending:
+                if pending is not None:
+                    pending.result()
+            pinned = self.device.type == "cuda"
+            self._hosts = [torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+        earlier = self._pending[self._turn]
+        if earlier is not None:
+            earlier.result()
+        return self._hosts[self._turn]
+
+    def _program(self, grid: int) -> _Program:
+        if grid not in self._programs:
+            config, device = self.tokenizer.config, self.device
+            edge = grid * config.downsample
+            config.latent_size(edge, edge)
+            codes = torch.zeros(self.batch, grid * grid, dtype=torch.int64, device=device)
+            pixels = torch.zeros(self.batch, edge, edge, 3, dtype=torch.uint8, device=device)
+
+            def step() -> None:
+                with torch.autocast(device.type, enabled=False):
+                    rows = self.tokenizer.quantize.codes_to_rows(codes.view(-1))
+                    # [B, h, w, d] seen as [B, d, h, w] is channels last already.
+                    quant = rows.view(self.batch, grid, grid, -1).permute(0, 3, 1, 2)
+                    latent = self.tokenizer.post_quant_conv(quant.float())
+                    pixels.copy_(to_uint8(self._network(latent)))
+
+            self._programs[grid] = _Program(codes, pixels, self._launcher.prepare(step))
+        return self._programs[grid]
+
+    def _network(self, latent: torch.Tensor) -> torch.Tensor:
+        decoder = self.tokenizer.decoder
+        x = self._convolve(decoder.conv_in, latent).float()  # the residual stream
+        for module in decoder.steps():
+            x = self._apply(module, x, latent)
+        return self._convolve(decoder.conv_out, _norm_silu(decoder.norm_out, x)).float()
+
+    def _apply(self, module: nn.Module, x: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        if isinstance(module, (vqgan.ResidualBlock, magvit2.ResidualBlock)):
+            h = self._convolve(module.conv1, _norm_silu(module.norm1, x))
+            h = self._convolve(module.conv2, _norm_silu(module.norm2, h.float()))
+            shortcut = module._modules.get("nin_shortcut")
+            return (self._convolve(shortcut, x) if isinstance(shortcut, nn.Conv2d) else x) + h
+        if isinstance(module, vqgan.AttentionBlock):
+            normed = _normalized(module.norm, x)
+            q, k, v = (
+                self._convolve(conv, normed).flatten(2).transpose(1, 2)[:, None]
+                for conv in (module.q, module.k, module.v)
+            )
+            mixed = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
+            return x + self._convolve(module.proj_out, mixed)
+        if isinstance(module, vqgan.Upsample):
+            doubled = F.interpolate(x.to(self.dtype), scale_factor=2.0, mode="nearest")
+            return self._convolve(module.conv, doubled).float()
+        if isinstance(module, magvit2.Upsampler):
+            return magvit2.depth_to_space(self._convolve(module.conv1, x)).float()
+        if isinstance(module, magvit2.AdaptiveGroupNorm):
+            scale, shift = module.affine(latent)
+            return torch.addcmul(shift, scale, _normalized(module.gn, x))
+        raise TypeError(f"a decoder has no step of type {type(module).__name__}")
+
+    def _convolve(self, conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+        weight = self._weights[conv]
+        bias = None if conv.bias is None else conv.bias.to(weight.dtype)
+        x = x.to(weight.dtype).contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, weight, bias, conv.stride, conv.padding)
+
+
+def _normalized(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
+    """Group norm of an fp32 channels-last map, which torch's own would copy to another layout and back."""
+    channels, groups = x.shape[1], norm.num_groups
+    rows = x.permute(0, 2, 3, 1).unflatten(3, (groups, channels // groups))  # [B, H, W, G, C / G]
+    variance, mean = torch.var_mean(rows, dim=(1, 2, 4), correction=0)  # [B, G]
+    scale = torch.rsqrt(variance + norm.eps).repeat_interleave(channels // groups, dim=1)  # [B, C]
+    mean = mean.repeat_interleave(channels // groups, dim=1)
+    if norm.affine:
+        scale = scale * norm.weight
+    shift = -mean * scale if not norm.affine else norm.bias - mean * scale
+    return torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None])
+
+
+def _norm_silu(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
+    return F.silu(_normalized(norm, x))

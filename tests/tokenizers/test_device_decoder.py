@@ -1,0 +1,142 @@
+"""The GPU decoder's logic on the CPU: called instead of captured, and with a side that is as late as it may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from gear_engine.errors import ConfigError, InvalidRequestError
+from gear_engine.metrics import psnr
+from gear_engine.tokenizers import Tokenizer, build_tokenizer, to_uint8
+from gear_engine.tokenizers.device_decoder import DeviceDecoder
+from tests.golden_weights import golden_state_dict, relative_error
+from tests.tokenizers.test_tokenizer import SMALL
+
+NAMES = sorted(name for name, config in SMALL.items() if config.num_codebooks == 1)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    tokenizer = build_tokenizer(SMALL[request.param])
+    tokenizer.load_state_dict(golden_state_dict(tokenizer))
+    return tokenizer
+
+
+def _tokens(tokenizer: Tokenizer, images: int, grid: int = 2) -> torch.Tensor:
+    return torch.randint(0, tokenizer.quantize.num_codes, (images, grid * grid))
+
+
+@torch.no_grad()
+def _expected(tokenizer: Tokenizer, tokens: torch.Tensor, grid: int = 2) -> torch.Tensor:
+    quant = tokenizer.lookup(tokens, (len(tokens), tokenizer.config.codebook_embed_dim, grid, grid))
+    return to_uint8(tokenizer.decode(quant))
+
+
+class _Late:
+    """Work begins only when somebody waits for it, or for what was submitted after it."""
+
+    def __init__(self) -> None:
+        self.queue: list[Callable[[], None]] = []
+
+    def run(self, work: Callable[[], None], tokens: torch.Tensor) -> Callable[[], None]:
+        self.queue.append(work)
+
+        def wait() -> None:
+            while work in self.queue:
+                self.queue.pop(0)()
+
+        return wait
+
+
+def test_fp32_gives_the_modules_pixels(tokenizer: Tokenizer) -> None:
+    """Full batches and a padded one; a pixel may be off by one where rounding decides."""
+    tokens = _tokens(tokenizer, 5)
+    pixels = DeviceDecoder(tokenizer, batch=2).decode(tokens)
+    difference = (pixels.int() - _expected(tokenizer, tokens).int()).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < 0.001
+
+
+@torch.no_grad()
+def test_floats_of_any_shape(tokenizer: Tokenizer) -> None:
+    tokens, shape = _tokens(tokenizer, 1)[:, :2].repeat(1, 3), (1, tokenizer.config.codebook_embed_dim, 2, 3)
+    images = DeviceDecoder(tokenizer).decode_code(tokens, shape)
+    assert relative_error(images, tokenizer.decode(tokenizer.lookup(tokens, shape))) <= 1e-5
+
+
+def test_bf16_operands(tokenizer: Tokenizer) -> None:
+    tokens = _tokens(tokenizer, 2)
+    pixels = DeviceDecoder(tokenizer, batch=2, dtype=torch.bfloat16).decode(tokens)
+    exact = _expected(tokenizer, tokens)
+    assert float(psnr(pixels.movedim(3, 1) / 255, exact.movedim(3, 1) / 255).min()) > 38
+    assert not torch.equal(pixels, exact)
+
+
+@pytest.fixture(scope="module")
+def vq() -> Tokenizer:
+    tokenizer = build_tokenizer(SMALL[NAMES[-1]])
+    tokenizer.load_state_dict(golden_state_dict(tokenizer))
+    return tokenizer
+
+
+def test_an_image_does_not_depend_on_its_batch(vq: Tokenizer) -> None:
+    decoder, tokens = DeviceDecoder(vq, batch=3), _tokens(vq, 3)
+    together = decoder.decode(tokens)
+    for row in range(3):
+        assert torch.equal(decoder.decode(tokens[row : row + 1])[0], together[row])
+
+
+def test_batches_may_be_late(vq: Tokenizer) -> None:
+    """Results are asked for in any order, while later batches use the same buffers."""
+    side = _Late()
+    decoder, batches = DeviceDecoder(vq, batch=2, side=side), [_tokens(vq, 2) for _ in range(5)]
+    expected = [DeviceDecoder(vq, batch=2).decode(tokens) for tokens in batches]
+    pending = []
+    for number, tokens in enumerate(batches):
+        pending.append(decoder.submit(tokens.clone()))
+        assert len(side.queue) <= 2, f"{number}: two batches are under way at most"
+    for number in (3, 0, 4, 2, 1):
+        assert torch.equal(pending[number].result(), expected[number])
+    kept = pending[0].result()
+    decoder.decode(batches[1])
+    assert torch.equal(kept, expected[0])
+
+
+def test_sizes_have_programs_of_their_own(vq: Tokenizer) -> None:
+    decoder = DeviceDecoder(vq, batch=1)
+    for grid in (2, 3, 2):
+        tokens = _tokens(vq, 1, grid)
+        difference = decoder.decode(tokens).int() - _expected(vq, tokens, grid).int()
+        assert difference.abs().max() <= 1
+    assert len(decoder._programs) == 2
+
+
+def test_changed_weights_are_read_into_the_same_places() -> None:
+    tokenizer = build_tokenizer(SMALL[NAMES[-1]])
+    tokenizer.load_state_dict(golden_state_dict(tokenizer))
+    decoder, tokens = DeviceDecoder(tokenizer, batch=1), _tokens(tokenizer, 1)
+    before = decoder.decode(tokens)
+    places = [weight.data_ptr() for weight in decoder._weights.values()]
+    with torch.no_grad():
+        tokenizer.decoder.conv_out.weight.mul_(-1)
+    assert torch.equal(decoder.decode(tokens), before)
+    decoder.refresh()
+    assert (decoder.decode(tokens).int() - _expected(tokenizer, tokens).int()).abs().max() <= 1
+    assert places == [weight.data_ptr() for weight in decoder._weights.values()]
+
+
+def test_refusals(vq: Tokenizer) -> None:
+    decoder = DeviceDecoder(vq, batch=2)
+    for bad in (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(0, 4, dtype=torch.int64), torch.zeros(4)):
+        with pytest.raises(InvalidRequestError, match="square"):
+            decoder.submit(bad)
+    with pytest.raises(InvalidRequestError, match="2 at a time"):
+        decoder.submit(_tokens(vq, 3))
+    for options in ({"dtype": torch.float16}, {"batch": 0}):
+        with pytest.raises(ConfigError):
+            DeviceDecoder(vq, **options)  # type: ignore[arg-type]
+    groups = next(config for config in SMALL.values() if config.num_codebooks > 1)
+    with pytest.raises(ConfigError, match="per position"):
+        DeviceDecoder(build_tokenizer(groups))
