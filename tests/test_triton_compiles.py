@@ -1,0 +1,75 @@
+"""Triton kernels compile for a GPU, without one: the interpreter accepts what the compiler does not.
+
+In a process of its own, where the interpreter is off and a launch compiles for sm_80 in place of running.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+SCRIPT = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
+            torch.bool: "*i1", torch.int32: "*i32"}
+OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
+compiled = []
+
+def kind(value):
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+def run(self, *args, grid, warmup, **kwargs):
+    options = {name: value for name, value in kwargs.items() if name in OPTIONS}
+    bound = dict(zip(self.arg_names, args)) | {name: v for name, v in kwargs.items() if name not in OPTIONS}
+    constant = {p.name for p in self.params if p.is_constexpr}
+    signature = {name: "constexpr" if name in constant else kind(bound[name]) for name in self.arg_names}
+    source = ASTSource(fn=self, signature=signature, constexprs={name: bound[name] for name in constant})
+    kernel = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options)
+    assert len(kernel.asm["cubin"]) > 0
+    compiled.append(self.__name__)
+
+JITFunction.run = run
+
+from gear_engine.ops.sample_tokens import SamplingTable
+from gear_engine.request import SamplingParams
+from gear_engine.triton_kernels import decode_attention, philox, sample_tokens, skinny_linear
+
+def table(params):
+    return SamplingTable.build(params, [p.uses_guidance for p in params], 61, torch.device("cpu"))
+
+bf16, index = torch.bfloat16, torch.zeros(2, dtype=torch.int64)
+cache = torch.zeros(2, 3, 2, 8, 72, dtype=bf16)
+decode_attention.decode_attention(torch.zeros(2, 6 * 72, dtype=bf16), cache[0], cache[1], torch.zeros(3), index, index,
+                                  torch.zeros(7, 36, 2), 2)
+x, weight = torch.zeros(2, 256, dtype=bf16), torch.zeros(32, 256, dtype=bf16)
+skinny_linear.skinny_linear(x, weight, norm_weight=x[0], gate=weight)
+params = [SamplingParams(cfg_scale=2.0, top_k=3), SamplingParams(top_p=0.5)]
+known = table(params)
+blind = SamplingTable(**{**vars(known), "rows": 2, "params": None, "uniform": None, "paired": False,
+                         "draws": torch.ones(2, dtype=torch.bool)})
+sample_tokens.sample_tokens(torch.zeros(2, 61), blind, seeds=index, positions=index)
+philox.philox(index, index, 61)
+print(*compiled)
+"""
+
+
+def test_the_generators_kernels_compile_for_sm_80(tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path)
+    script = tmp_path / "compile_kernels.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.split()) == 4, done.stdout
