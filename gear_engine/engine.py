@@ -23,6 +23,7 @@ from gear_engine.request import ImageRequest, RngMode, SamplingParams, check_len
 from gear_engine.sampler import Noise, TorchNoise
 from gear_engine.scheduler import ScheduledBatch, Scheduler
 from gear_engine.step_program import Execution, make_steps, resolve_execution
+from gear_engine.steps import TokensSoFar
 
 __all__ = ["Engine", "FinishedImage"]
 
@@ -237,14 +238,14 @@ class Engine:
         try:
             images = [self.scheduler.add(*each, total) for each in zip(conditions, every, keys, strict=True)]
             row_of = {image.request_id: row for row, image in enumerate(images)}
+            so_far = TokensSoFar(out, self._tokens, row_of)
             steps = -(-batch // self.max_images) * total
             step = 0
             while self.num_unfinished:
                 for finished in self._step(noise, 1 if callback is not None else total):
                     out[row_of[finished.request_id]] = finished.tokens
                 if callback is not None:
-                    for image in self.scheduler.running:
-                        out[row_of[image.request_id], image.drawn - 1] = self._tokens[image.cond_slot, image.drawn - 1]
+                    so_far.update(self.scheduler.running)
                     callback(step, steps, out)
                     step += 1
         finally:

@@ -115,7 +115,7 @@ class FiniteWatch:
 
     def see(self, logits: torch.Tensor, live: torch.Tensor | None = None) -> None:
         """Takes in one step's logits (R, V); only the rows that are ``live`` (bool (R,)), if that is given."""
-        self._sum.add_(logits.sum() if live is None else torch.where(live, logits.sum(dim=1), 0).sum())
+        self._sum.add_(logits.sum() if live is None else logits.sum(dim=1).masked_fill(~live, 0.0).sum())
 
     def broken(self) -> bool:
         """Whether a number seen since :meth:`clear` was not finite; waits for the device."""

@@ -83,7 +83,8 @@ class StepProgram:
         buffers, table, rows = self._buffers, self._buffers.table, self.rows
         slots = table.slots[:rows]
         live = slots >= 0  # [R]
-        fed = torch.where(live, table.bases[:rows] + buffers.counter, 0)  # [R], image-token index
+        # No operand is a number of the host's that would have to be copied: a capture refuses that.
+        fed = (table.bases[:rows] + buffers.counter) * live  # [R], image-token index
         tokens = buffers.tokens[table.image_slots[:rows], fed]
         logits = decode_step(self._weights, self._ops, self._cache, slots, fed, tokens)  # [R, V]
         drawn = fed + 1

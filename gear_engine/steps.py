@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
 from gear_engine.config import GeneratorConfig
@@ -13,9 +15,9 @@ from gear_engine.prefixes import PrefixEncoder, label_rows
 from gear_engine.rows import RowTensors
 from gear_engine.runner import decode_step, prefill
 from gear_engine.sampler import FiniteWatch, Noise
-from gear_engine.scheduler import ScheduledBatch
+from gear_engine.scheduler import ScheduledBatch, ScheduledImage
 
-__all__ = ["Steps"]
+__all__ = ["Steps", "TokensSoFar"]
 
 
 class Steps:
@@ -102,3 +104,30 @@ class Steps:
         """Draws and keeps the tokens at ``positions`` (B,)."""
         self.tokens[rows.cond_slots, positions] = rows.noise.sample(self.ops, logits, rows.table, positions)
         self.watch.see(logits)
+
+
+class TokensSoFar:
+    """The tokens of one call's images while they are drawn, copied on the device a step at a time.
+
+    Args:
+        out: int32 (B, n), where they go.
+        tokens: the token table, see :class:`Steps`.
+        row_of: request -> row of ``out``.
+    """
+
+    def __init__(self, out: torch.Tensor, tokens: torch.Tensor, row_of: Mapping[int, int]) -> None:
+        self._out, self._tokens, self._row_of = out, tokens, row_of
+        self._images: tuple[int, ...] = ()
+        self._rows = self._slots = torch.empty(0, dtype=torch.int64)
+
+    def update(self, running: Sequence[ScheduledImage]) -> None:
+        """Copies the token drawn last of every image; a call's images are equally long, so they are in step."""
+        if not running:
+            return
+        images = tuple(image.request_id for image in running)
+        if images != self._images:
+            rows, slots = [self._row_of[each] for each in images], [image.cond_slot for image in running]
+            self._rows, self._slots = torch.tensor([rows, slots], device=self._out.device)
+            self._images = images
+        position = running[0].drawn - 1
+        self._out[self._rows, position] = self._tokens[self._slots, position].to(torch.int32)
