@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from gear_engine.ops import backends, native
+from gear_engine.ops import backends, native, triton_backend
 
 __all__ = ["group_norm_silu", "reference"]
 
@@ -108,6 +108,7 @@ def _cpu(
 
 
 backends.register("group_norm_silu", "reference", lambda: reference)
+triton_backend.register("group_norm_silu", frozenset(_DTYPES))
 backends.register(
     "group_norm_silu",
     "cpu",

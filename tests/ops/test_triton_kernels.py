@@ -9,6 +9,7 @@ from gear_engine.ops import (
     codebook_quantize,
     decode_attention,
     dual_readout,
+    group_norm_silu,
     philox,
     sample_tokens,
     skinny_linear,
@@ -210,3 +211,25 @@ def test_dual_readout_of_a_wide_codebook_and_a_sharp_softmax() -> None:
     soft, *gradients, _ = values(dual_readout.dual_readout, [x.to(DEVICE) for x in far], 1.0, "l2", backend="triton")
     assert soft.tolist() == [[1, 0, 0], [0, 1, 0]]
     assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "width", "channels", "groups", "affine"), [(1, 2, 4, 4, True), (3, 5, 36, 3, False), (2, 37, 28, 7, True)]
+)
+def test_group_norm_silu(rows: int, width: int, channels: int, groups: int, affine: bool, dtype: torch.dtype) -> None:
+    x = (torch.randn(rows, width, channels, device=DEVICE) * 3 + 10).to(dtype)
+    # Moments of a whole image, of which x is a strip.
+    image = torch.cat((x, x[:1] - 1)).double().view(rows + 1, width, groups, -1)
+    moments = torch.stack((image.sum((1, 3)), image.square().sum((1, 3))), dim=-1)
+    weight, bias = (torch.randn(2, channels, device=DEVICE)) if affine else (None, None)
+    whole = torch.empty_like(x, dtype=torch.float32)
+    group_norm_silu.reference(x, moments, weight, bias, whole)
+    for silu in (True, False):
+        actual, expected = torch.empty_like(x, dtype=torch.float32), torch.empty_like(x, dtype=torch.float32)
+        group_norm_silu.reference(x, moments, weight, bias, expected, silu=silu)
+        group_norm_silu.group_norm_silu(x, moments, weight, bias, actual, silu=silu, backend="triton")
+        assert relative_error(actual, expected) <= 5e-6
+    group_norm_silu.group_norm_silu(x, moments, weight, bias, x, backend="triton")  # in place
+    # The interpreter cuts bf16 off where a GPU rounds it.
+    assert relative_error(x, whole) <= (5e-6 if dtype == torch.float32 else 8e-3)
