@@ -79,8 +79,22 @@ def measure(job: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
         for name, found in backends.implementations("dual_readout").items()
         if name not in ("reference", "triton") and found.why_not(cpu, torch.float32) is None
     ]
+    times = timed(inputs, job, names, rounds) if rounds else {name: {} for name in names}
     few = [inputs[0].detach()[:_ERROR_ROWS], *(x.detach() for x in inputs[1:])]
     exact = reference(*(x.double() for x in few), TAU, job["distance"])[1]
+    del inputs
+    rows = []
+    for name in names:
+        error = float((readout(few, job, name) - exact).abs().max() / exact.abs().max())
+        sizes = {key: job[key] for key in ("n", "codes", "width", "channels", "distance")}
+        rows.append({**sizes, "what": name, **times[name], "peak_MB": peak(job, name), "error": f"{error:.1e}"})
+    return rows
+
+
+def timed(
+    inputs: list[torch.Tensor], job: dict[str, Any], names: list[str], rounds: int
+) -> dict[str, dict[str, float]]:
+    """Wall and processor time of every backend, both ways, backends in turn."""
     processor: dict[str, list[float]] = {}
 
     def counted(key: str, call: Callable[[], Any]) -> Callable[[], None]:
@@ -98,19 +112,16 @@ def measure(job: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
         )
         calls[f"{name} both"] = counted(f"{name} both", lambda name=name: both_ways(inputs, job, name))
     samples = timing.alternate(calls, warmup=1, repeats=rounds, budget=600)
-    rows = []
-    for name in names:
-        forward, both = (timing.statistics(samples[f"{name} {what}"])["median_ms"] for what in ("forward", "both"))
-        error = float((readout(few, job, name) - exact).abs().max() / exact.abs().max())
-        sizes = {key: job[key] for key in ("n", "codes", "width", "channels", "distance")}
-        times = {
-            "forward_ms": forward,
-            "both_ms": both,
+    wall = {key: timing.statistics(found)["median_ms"] for key, found in samples.items()}
+    return {
+        name: {
+            "forward_ms": wall[f"{name} forward"],
+            "both_ms": wall[f"{name} both"],
             "forward_cpu_s": min(processor[f"{name} forward"]),
             "both_cpu_s": min(processor[f"{name} both"]),
         }
-        rows.append({**sizes, "what": name, **times, "peak_MB": peak(job, name), "error": f"{error:.1e}"})
-    return rows
+        for name in names
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -121,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--channels", type=int, default=768)
     parser.add_argument("--distance", default="l2_normalized")
     parser.add_argument("--table-grad", action="store_true", help="the gradient of the table too")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of timing; 0: memory and errors only")
     parser.add_argument("--json", type=Path, help="write the record to this file")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
