@@ -99,10 +99,10 @@ def measure(metric: Metric, n: int, d: int, official: Path | None, rate: float, 
     return rows
 
 
-def check(metric: Metric, d: int, vectors: int, official: Path | None, block: int = 512) -> dict[str, Any]:
+def check(metric: Metric, d: int, vectors: int, official: Path | None, block: int = 256) -> dict[str, Any]:
     """Counts the vectors whose index differs from the official form's, over fresh random vectors.
 
-    The official form makes several block x K arrays; of 512 rows (32 MB) they stay in the cache and in memory that the
+    The official form makes several block x K arrays; of 256 rows (16 MB) they stay in the cache and in memory that the
     allocator already has, which is most of its time.
     """
     generator = torch.Generator().manual_seed(1)

@@ -38,16 +38,21 @@ void copy_patch(const ConvRows& call, std::int64_t first_row, std::int64_t colum
 // sums[p][v] = products of the patch with the weights of one chunk, kUsed vectors of output channels.
 template <int kEdge, int kUsed>
 inline void multiply(const float* patch, const float* weight, Vec (&sums)[kPixels][kUsed]) {
+#pragma GCC unroll 8
   for (int p = 0; p < kPixels; ++p)
+#pragma GCC unroll 4
     for (int v = 0; v < kUsed; ++v) sums[p][v] = zero();
   for (int row = 0; row < kEdge; ++row) {
     for (int tap = 0; tap < kEdge; ++tap) {
       const float* x = patch + (row * (kPixels + kEdge - 1) + tap) * kChunk;
       for (int c = 0; c < kChunk; ++c, ++x, weight += kBlock) {
         Vec w[kUsed];
+#pragma GCC unroll 4
         for (int v = 0; v < kUsed; ++v) w[v] = load(weight + v * kLanes);
+#pragma GCC unroll 8
         for (int p = 0; p < kPixels; ++p) {
           const Vec value = splat(x[p * kChunk]);
+#pragma GCC unroll 4
           for (int v = 0; v < kUsed; ++v) sums[p][v] = fma(value, w[v], sums[p][v]);
         }
       }

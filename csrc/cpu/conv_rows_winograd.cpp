@@ -118,18 +118,22 @@ inline void multiply(const float* x, std::int64_t x_stride, const float* weight,
   Vec sums[kRows][kUsed];
 #pragma GCC unroll 12
   for (int t = 0; t < kRows; ++t)
+#pragma GCC unroll 4
     for (int v = 0; v < kUsed; ++v) sums[t][v] = zero();
   for (std::int64_t c = 0; c < depth; ++c, weight += kPanel) {
     Vec w[kUsed];
+#pragma GCC unroll 4
     for (int v = 0; v < kUsed; ++v) w[v] = load(weight + v * kLanes);
 #pragma GCC unroll 12
     for (int t = 0; t < kRows; ++t) {
       const Vec value = splat(x[t * x_stride + c]);
+#pragma GCC unroll 4
       for (int v = 0; v < kUsed; ++v) sums[t][v] = fma(value, w[v], sums[t][v]);
     }
   }
 #pragma GCC unroll 12
   for (int t = 0; t < kRows; ++t)
+#pragma GCC unroll 4
     for (int v = 0; v < kUsed; ++v) {
       float* at = out + t * kBlock + v * kLanes;
       store(at, first ? sums[t][v] : add(load(at), sums[t][v]));

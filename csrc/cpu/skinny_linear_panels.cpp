@@ -8,7 +8,7 @@
 namespace gear::GEAR_ISA {
 namespace {
 
-constexpr int kBf16Rows = kRegisters == 32 ? 4 : 6;  // rows at once
+constexpr int kBf16Rows = 4;  // rows at once
 constexpr int kInt8Rows = 4;
 constexpr int kAhead = 2048;  // bytes; hides the latency that the hardware's prefetcher leaves
 
@@ -40,17 +40,19 @@ void bf16_panels(const char* panel, std::int64_t lines, const char* x, std::int6
     for (int p = 0; p < kPanels; ++p) {
       const char* at = panel + p * panel_bytes + line * kLineBytes;
       __builtin_prefetch(at + kAhead);
+      // All even k, then all odd ones: few registers besides the accumulators.
+      Vec w[2][kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        Vec even, odd;
-        load_pairs(reinterpret_cast<const bf16*>(at) + 2 * v * kLanes, even, odd);
+      for (int v = 0; v < kVectors; ++v)
+        load_pairs(reinterpret_cast<const bf16*>(at) + 2 * v * kLanes, w[0][v], w[1][v]);
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i)
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-          const float* pair = reinterpret_cast<const float*>(x + r * stride) + line * 2;
-          total[p][v][r] = fma(even, splat(pair[0]), total[p][v][r]);
-          total[p][v][r] = fma(odd, splat(pair[1]), total[p][v][r]);
+          const Vec value = splat(reinterpret_cast<const float*>(x + r * stride)[line * 2 + i]);
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) total[p][v][r] = fma(w[i][v], value, total[p][v][r]);
         }
-      }
     }
   }
   for (int r = 0; r < kRows; ++r)
@@ -80,6 +82,13 @@ __attribute__((target("avx512bf16"))) void bf16_panel_dot(const char* panel, std
 // ------------------------------------------------------------------------------------------------------------
 
 #if defined(GEAR_ISA_avx512) || defined(GEAR_ISA_avx2)
+// total += products of 16-bit numbers, added in pairs. Spelt out: left to itself GCC 12 makes all products before it
+// adds the first, and keeps sums in memory for want of registers.
+inline void add_products(__m256i w, __m256i x, __m256i& total) {
+  __m256i products;
+  __asm__("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(total), "=&x"(products) : "x"(w), "x"(x));
+}
+
 // kParts times four columns from `panel` on, x widened to 16 bits. Products are added in pairs: two int32 per column,
 // joined at the end.
 template <int kRows, int kParts>
@@ -99,10 +108,12 @@ inline void int8_columns(const char* panel, std::int64_t lines, const char* x, s
     for (int part = 0; part < kParts; ++part) {
       const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + part * 16)));
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) total[r][part] = _mm256_add_epi32(total[r][part], _mm256_madd_epi16(w, group[r]));
+      for (int r = 0; r < kRows; ++r) add_products(w, group[r], total[r][part]);
     }
   }
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
     for (int part = 0; part < kParts; ++part) {
       alignas(32) std::int32_t pairs[8];
       _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), total[r][part]);
@@ -181,12 +192,7 @@ void run_int8(const char* panel, std::int64_t lines, const char* x, std::int64_t
   int8_panel<kRows>(panel, lines, x, stride, static_cast<std::int32_t*>(out));
 }
 
-#if defined(GEAR_ISA_avx512)
 constexpr PanelKernel kBf16Kernels[] = {&run_bf16<1>, &run_bf16<2>, &run_bf16<3>, &run_bf16<4>};
-#else
-constexpr PanelKernel kBf16Kernels[] = {&run_bf16<1>, &run_bf16<2>, &run_bf16<3>,
-                                        &run_bf16<4>, &run_bf16<5>, &run_bf16<6>};
-#endif
 constexpr PanelKernel kInt8Kernels[] = {&run_int8<1>, &run_int8<2>, &run_int8<3>, &run_int8<4>};
 // For as few rows, where two panels remain.
 constexpr PanelKernel kBf16Pairs[] = {&run_bf16_pair<1>, &run_bf16_pair<2>, &run_bf16_pair<3>};

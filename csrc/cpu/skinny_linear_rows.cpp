@@ -9,6 +9,7 @@ namespace gear::GEAR_ISA {
 namespace {
 
 constexpr int kOutputs = 4;
+constexpr int kRowsAtOnce = kRegisters == 32 ? 4 : 3;
 
 // One block: kOutputs x kRows accumulators. `ahead` is prefetched alongside, one line per step: with several rows this
 // is bound by arithmetic, and the next outputs' weights arrive meanwhile.
@@ -40,7 +41,9 @@ inline void block(const W* const (&weight)[kOutputs], const float* x, std::int64
     const int rest = static_cast<int>(in_features - k);
     step(k, [rest](const W* p) __attribute__((always_inline)) { return load_first(p, rest); });
   }
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
     for (int o = 0; o < kOutputs; ++o) out[r * kTileColumns + o] = sum(total[o][r]);
 }
 
@@ -60,11 +63,11 @@ void rows(const TileTask& task, Tile& tile) {
     }
     float* out = &tile.values[0][column];
     int r = 0;
-    for (; r + 4 <= task.n_rows; r += 4) {
-      std::int64_t next = first + kOutputs + r / 4 % kOutputs;
+    for (; r + kRowsAtOnce <= task.n_rows; r += kRowsAtOnce) {
+      std::int64_t next = first + kOutputs + r / kRowsAtOnce % kOutputs;
       if (next >= n_outputs) next = n_outputs - 1;
       const W* ahead = static_cast<const W*>(task.weight) + next * k;
-      block<W, 4, true>(weight, x + r * stride, stride, k, ahead, out + r * kTileColumns);
+      block<W, kRowsAtOnce, true>(weight, x + r * stride, stride, k, ahead, out + r * kTileColumns);
     }
     const float* rest = x + r * stride;
     out += r * kTileColumns;

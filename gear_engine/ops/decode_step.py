@@ -16,8 +16,9 @@ Source: GEAR ``models/llamagen.py``.
 
 from __future__ import annotations
 
+import weakref
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -135,31 +136,45 @@ def reference(
     return linear(h, weights.output, norm_weight=weights.norm, norm_eps=norm_eps).float()
 
 
-def _cpu(
-    weights: Model,
-    cache: Cache,
-    n_head: int,
-    norm_eps: float,
-    slots: torch.Tensor,
-    positions: torch.Tensor,
-    tokens: torch.Tensor,
-) -> torch.Tensor:
-    """Compiled. A row's bits depend on that row, its slot's cache and the weights only."""
-    words = array("q", _describe(weights, cache, n_head))
-    slots, positions, tokens = slots.contiguous(), positions.contiguous(), tokens.contiguous()
-    logits = torch.empty(tokens.shape[0], weights.tok_embeddings.shape[0])
-    native.cpu_kernels().decode_step_cpu(
-        words.buffer_info()[0], norm_eps, tokens.shape[0], tokens.data_ptr(), slots.data_ptr(), positions.data_ptr(),
-        logits.data_ptr(),
-    )  # fmt: skip
-    return logits
+class _Step:
+    """Compiled. A row's bits depend on that row, its slot's cache and the weights only.
+
+    The description of weights and cache is made at the first step with them and kept: it takes longer than a block's
+    int8 products do. Neither object is kept alive; their tensors stay where they are as long as they live.
+    """
+
+    def __init__(self) -> None:
+        self._bound: Callable[[], tuple[Model | None, Cache | None]] = lambda: (None, None)
+        self._words = array("q")
+        self._key: tuple[int, ...] = ()
+
+    def __call__(
+        self,
+        weights: Model,
+        cache: Cache,
+        n_head: int,
+        norm_eps: float,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        tokens: torch.Tensor,
+    ) -> torch.Tensor:
+        key = (n_head, cache.kv.data_ptr(), weights.tok_embeddings.data_ptr())
+        bound = self._bound()
+        if bound[0] is not weights or bound[1] is not cache or self._key != key:
+            self._words = array("q", _describe(weights, cache, n_head))
+            weights_ref, cache_ref = weakref.ref(weights), weakref.ref(cache)
+            self._bound, self._key = lambda: (weights_ref(), cache_ref()), key
+        slots, positions, tokens = slots.contiguous(), positions.contiguous(), tokens.contiguous()
+        logits = torch.empty(tokens.shape[0], weights.tok_embeddings.shape[0])
+        native.cpu_kernels().decode_step_cpu(
+            self._words.buffer_info()[0], norm_eps, tokens.shape[0], tokens.data_ptr(), slots.data_ptr(),
+            positions.data_ptr(), logits.data_ptr(),
+        )  # fmt: skip
+        return logits
 
 
 def _describe(weights: Model, cache: Cache, n_head: int) -> list[int]:
-    """The words of ``StepModel`` and ``StepLayer`` in ``csrc/cpu/decode_step.h``.
-
-    Read anew at every step (a few dozen microseconds): parameters may have been moved in between.
-    """
+    """The words of ``StepModel`` and ``StepLayer`` in ``csrc/cpu/decode_step.h``."""
     kv, dtype = cache.kv, cache.kv.dtype
     vocab_size, dim = weights.tok_embeddings.shape
     strides = kv.stride()
@@ -203,7 +218,7 @@ backends.register("decode_step", "reference", lambda: reference)
 backends.register(
     "decode_step",
     "cpu",
-    lambda: _cpu,
+    _Step,
     devices=frozenset({"cpu"}),
     dtypes=frozenset(_DTYPES),
     unavailable=lambda: native.unavailable("decode_step_cpu"),

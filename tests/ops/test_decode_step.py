@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 from gear_engine.config import GeneratorConfig
 from gear_engine.kv_cache import StaticKVCache
 from gear_engine.models.weights import GeneratorWeights, expected_shapes
-from gear_engine.ops import GeneratorOps
+from gear_engine.ops import GeneratorOps, backends
 from gear_engine.ops.decode_step import decode_step, reference
 from gear_engine.runner import decode_step as run_step
 from tests.golden_weights import relative_error
@@ -139,3 +141,20 @@ def test_weights_must_fit_the_cache() -> None:
         decode_step(
             _weights("float32"), sequences.cache([0], [0]), CONFIG.n_head, 1e-5, where, where, where, backend="cpu"
         )
+
+
+def test_a_bound_step_follows_its_operands() -> None:
+    """The description that the compiled step keeps is made anew for other weights or another cache."""
+    run = backends.resolve("decode_step", CPU, torch.float32, "cpu").load()
+    first, second = _weights("float32"), _weights("float32")
+    second.tok_embeddings.mul_(-1)
+    index = torch.tensor([0, 1]), torch.tensor([3, 4]), torch.tensor([5, 6])
+    caches = [Sequences(2, torch.float32).cache([0, 1], [0, 1]) for _ in range(2)]
+    caches[1].kv.mul_(0.5)
+    for weights, cache in ((first, caches[0]), (second, caches[0]), (second, caches[1]), (first, caches[0])):
+        arguments = (weights, cache, CONFIG.n_head, CONFIG.norm_eps, *index)
+        assert torch.equal(run(*arguments), decode_step(*arguments, backend="cpu"))
+    kept = weakref.ref(second)
+    del weights, second, arguments
+    gc.collect()
+    assert kept() is None
