@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,17 +58,36 @@ def generator_config(model: str) -> GeneratorConfig:
 
 
 @functools.lru_cache(maxsize=1)
-def generator_weights(config: GeneratorConfig, seed: int, device: torch.device) -> GeneratorWeights:
-    """Random fp32 weights; matrices of variance 1 / in, so that activations keep their size."""
+def generator_weights(
+    config: GeneratorConfig, seed: int, device: torch.device, dtype: torch.dtype | None = None, pack: Any = None
+) -> GeneratorWeights:
+    """Random weights; matrices of variance 1 / in, so that activations keep their size.
+
+    They are fp32, or made so and converted one by one to ``dtype`` and ``pack`` (``"bf16"`` or ``"int8"``).
+    """
     rng = torch.Generator(device).manual_seed(seed)
-    state = {}
-    for name, shape in expected_shapes(config).items():
-        tensor = torch.empty(shape, device=device)
-        if len(shape) == 1:
-            state[name] = tensor.fill_(1.0)
+    shapes = expected_shapes(config)
+    reused = torch.empty(0, device=device)
+
+    def draw(name: str) -> torch.Tensor:
+        nonlocal reused
+        shape = shapes[name]
+        if dtype in (None, torch.float32):
+            tensor = torch.empty(shape, device=device)
         else:
-            state[name] = tensor.normal_(std=1.0 if "embedding" in name else shape[-1] ** -0.5, generator=rng)
-    return GeneratorWeights.from_state_dict(config, state)
+            size = math.prod(shape)
+            # A name that is asked for later is no larger.
+            if not size <= reused.numel() <= 2 * size + 4096:
+                reused = torch.empty(0, device=device)
+                reused = torch.empty(size, device=device)
+            tensor = reused[:size].view(shape)
+        if len(shape) == 1:
+            return tensor.fill_(1.0)
+        return tensor.normal_(std=1.0 if "embedding" in name else shape[-1] ** -0.5, generator=rng)
+
+    if dtype is not None:
+        return GeneratorWeights.stream(config, draw, dtype=dtype, pack_kind=pack)
+    return GeneratorWeights.from_state_dict(config, {name: draw(name) for name in shapes})
 
 
 @functools.lru_cache(maxsize=1)

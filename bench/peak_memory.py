@@ -6,7 +6,7 @@ prints a JSON object. With ``"tokenizer": "VQ-16"`` the tokens are decoded too (
 the machine has no bf16 convolutions).
 
 The process first draws and decodes with tiny models, so that libraries and threads are in memory; what is resident then
-is ``base``. Random weights are made and converted, fp32 originals that are not used are let go, and the system's
+is ``base``. Random weights are made and converted one by one (``building`` is the peak until then), and the system's
 high-water mark is reset: ``peak`` is that mark after the rollout, less ``base``. ``parts`` are the bytes that it is
 compared with: the weights in the form they are held, the key/value cache, and the decoder's working set (its weights as
 converted, the activations that it keeps, and the images).
@@ -82,7 +82,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     reset_peak()
     config = generator_config(job["model"])
     engine = Engine(
-        generator_weights(config, 0, torch.device("cpu")),
+        generator_weights(config, 0, torch.device("cpu"), dtype, kind),
         max_images=images, dtype=dtype, weight_format=kind, max_new_tokens=tokens,
     )  # fmt: skip
     generator_weights.cache_clear()
@@ -102,7 +102,8 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         parts["converted"] = decoder.converted_nbytes
         parts["activations"] = decoder.nbytes
     peak = resident("VmHWM") - base
-    return {"base": base, "building": building, "peak": peak, "parts": parts, "ratio": peak / sum(parts.values())}
+    ratio = max(peak, building) / sum(parts.values())
+    return {"base": base, "building": building, "peak": peak, "parts": parts, "ratio": ratio}
 
 
 def latents(drawn: torch.Tensor, decoder: Decoder, config: GeneratorConfig) -> tuple[torch.Tensor, tuple[int, ...]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -154,6 +155,44 @@ class GeneratorWeights:
 
         blocks = tuple(BlockWeights(**pick(_block_keys(config, layer))) for layer in range(config.n_layer))
         return cls(config=config, blocks=blocks, **pick(_top_keys(config)))
+
+    @classmethod
+    def stream(
+        cls,
+        config: GeneratorConfig,
+        tensor: Callable[[str], torch.Tensor],
+        *,
+        dtype: torch.dtype | None = None,
+        pack_kind: PackKind | None = None,
+    ) -> GeneratorWeights:
+        """As :meth:`from_state_dict` and :meth:`to`, one tensor after another: no original outlives its conversion.
+
+        Args:
+            tensor: official key -> tensor, asked once for each, the largest first: a safetensors file's ``get_tensor``,
+                say. Where all weights are converted, a tensor may lie in the memory of the one before.
+
+        Raises:
+            CheckpointError: a tensor has another shape.
+        """
+
+        def convert(field: str, key: str, shape: tuple[int, ...]) -> Weight:
+            found = tensor(key).detach()
+            if tuple(found.shape) != shape:
+                raise CheckpointError(f"weight {key} has shape {tuple(found.shape)}, the model needs {shape}")
+            if pack_kind is not None and field in LINEAR:
+                return pack(found, pack_kind)
+            return found.to(dtype).contiguous()
+
+        shapes = expected_shapes(config)
+        top, layers = _top_keys(config), [_block_keys(config, layer) for layer in range(config.n_layer)]
+        fields = {key: field for keys in (top, *layers) for field, key in keys.items()}
+        by_size = sorted(shapes, key=lambda key: -math.prod(shapes[key]))
+        done: dict[str, Any] = {key: convert(fields[key], key, shapes[key]) for key in by_size}
+
+        def pick(keys: Mapping[str, str]) -> dict[str, Any]:
+            return {field: done[key] for field, key in keys.items()}
+
+        return cls(config=config, blocks=tuple(BlockWeights(**pick(keys)) for keys in layers), **pick(top))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -66,6 +66,10 @@ class PackedWeight:
 Weight = torch.Tensor | PackedWeight
 
 
+#: Rows that are packed at once, a multiple of a panel's 16: packing needs little memory beside its result.
+_PACK_ROWS = 256
+
+
 def pack(weight: torch.Tensor, kind: PackKind) -> PackedWeight:
     """Packs a weight (out, in). ``"int8"`` rounds to nearest with scale = max|row| / 127.
 
@@ -74,17 +78,25 @@ def pack(weight: torch.Tensor, kind: PackKind) -> PackedWeight:
     """
     if weight.dim() != 2:
         raise ValueError(f"a linear weight is a matrix, not {tuple(weight.shape)}")
+    if kind not in ("bf16", "int8"):
+        raise ValueError(f"a weight packs as 'bf16' or 'int8', not {kind!r}")
     out_features, in_features = weight.shape
-    if kind == "bf16":
-        data = _to_panels(weight.detach().to(torch.bfloat16))
-        return PackedWeight(kind, data, None, out_features, in_features)
-    if kind == "int8":
-        full = weight.detach().float()
-        scales = full.abs().amax(dim=1) / 127
-        safe = torch.where(scales > 0, scales, torch.ones_like(scales))
-        data = _to_panels((full / safe[:, None]).round_().clamp_(-127, 127).to(torch.int8))
-        return PackedWeight(kind, data, scales.contiguous(), out_features, in_features)
-    raise ValueError(f"a weight packs as 'bf16' or 'int8', not {kind!r}")
+    dtype = torch.bfloat16 if kind == "bf16" else torch.int8
+    per_line = 4 // dtype.itemsize  # a line holds 4 bytes for each of 16 columns
+    lines = -(-in_features // (16 * per_line)) * 16
+    data = torch.empty(-(-out_features // 16), lines, 16, per_line, dtype=dtype, device=weight.device)
+    scales = torch.empty(out_features, device=weight.device) if kind == "int8" else None
+    scratch = torch.empty(_PACK_ROWS if kind == "int8" else 0, in_features, device=weight.device)
+    for first in range(0, out_features, _PACK_ROWS):
+        rows = weight.detach()[first : first + _PACK_ROWS]
+        if scales is not None:
+            scale = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).float() / 127
+            scales[first : first + _PACK_ROWS] = scale
+            safe = torch.where(scale > 0, scale, 1.0)
+            rows = torch.div(rows, safe[:, None], out=scratch[: len(rows)]).round_().clamp_(-127, 127)
+        panels = _to_panels(rows.to(dtype))
+        data[first // 16 : first // 16 + len(panels)] = panels
+    return PackedWeight(kind, data, scales, out_features, in_features)
 
 
 def packed_nbytes(out_features: int, in_features: int, kind: PackKind) -> int:
@@ -105,11 +117,10 @@ def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Te
 
 def _to_panels(matrix: torch.Tensor) -> torch.Tensor:
     """(out, in) -> (panels, lines, 16, values per line), zero-padded: the layout of ``csrc/common/packing.h``."""
-    per_line = 4 // matrix.element_size()  # a line holds 4 bytes for each of 16 columns
+    per_line = 4 // matrix.element_size()
     out_features, in_features = matrix.shape
-    padding = (0, -in_features % (16 * per_line), 0, -out_features % 16)
-    padded = F.pad(matrix, padding)
-    return padded.view(padded.shape[0] // 16, 16, -1, per_line).permute(0, 2, 1, 3).contiguous()
+    padded = F.pad(matrix, (0, -in_features % (16 * per_line), 0, -out_features % 16))
+    return padded.view(padded.shape[0] // 16, 16, -1, per_line).permute(0, 2, 1, 3)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
