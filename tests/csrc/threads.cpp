@@ -166,10 +166,10 @@ std::vector<float> sampled(bool given) {
   const std::vector<int64_t> uncond{4, 5, -1, 7}, top_k{vocab, 50, vocab, 1}, seeds{1, -7, 1ll << 40, 0};
   const std::vector<int64_t> positions{0, 255, 3, 9};
   const std::vector<float> scale{4, 1.5f, 1, 2}, temperature{1, 0.7f, 2, 1}, top_p{1, 1, 0.8f, 1};
-  const bool greedy[images] = {false, false, false, true};
+  const bool greedy[images] = {false, false, false, true}, draws[images] = {true, true, false, true};
   std::vector<int64_t> tokens(images);
   gear::cpu::sample_tokens(images, vocab, logits.data(), uncond.data(), scale.data(), temperature.data(), top_k.data(),
-                           top_p.data(), greedy, given ? noise.data() : nullptr, seeds.data(), positions.data(),
+                           top_p.data(), greedy, given ? noise.data() : nullptr, seeds.data(), positions.data(), draws,
                            tokens.data());
   return {tokens.begin(), tokens.end()};
 }
