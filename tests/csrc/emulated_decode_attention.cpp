@@ -5,12 +5,14 @@
 
 #include "common/attention_chunks.h"
 #include "common/narrow_floats.h"
+#include "device.h"
 #include "emulated.h"
 
 namespace {
 
 using namespace gear;
 using gear::emulated::check;
+using gear::emulated::Device;
 using gear::emulated::normal;
 
 // Two rows of two heads over one key/value head; the second row is inert. Positions are base + counter.
@@ -19,22 +21,22 @@ void attend(int dtype, std::int64_t splits) {
   constexpr std::int64_t heads = 2, d = 12, padded = 16, entries = 72, slots_ = 2, position = 68;
   const std::vector<float> wide = normal(2 * (heads + 2) * d, 1), rope = normal(entries * d, 2);
   const std::vector<float> cached = normal(2 * slots_ * entries * padded, 3);
-  std::vector<T> qkv, cache;
+  std::vector<T> qkv, cached_before;
   for (const float x : wide) qkv.push_back(from_float<T>(x));
-  for (const float x : cached) cache.push_back(from_float<T>(x));
-  std::vector<T> out(2 * heads * d, from_float<T>(9.0f));
-  const std::vector<float> bias{0.0f, 1.5f};
-  const std::vector<std::int64_t> slots{1, -1}, positions{60, 0};
-  const std::int64_t counter = position - 60, chunks = chunk_count(entries);
-  std::vector<float> stored(2 * heads * chunks * (d + 2));
-  std::vector<int> arrived(2 * heads);
-  T* values = cache.data() + slots_ * entries * padded;
-  cuda::decode_attention(qkv.data(), dtype, (heads + 2) * d, 2, heads, 1, d, cache.data(), values, dtype, slots_,
-                         entries, entries * padded, entries * padded, padded, nullptr, nullptr, 0, 0, bias.data(),
-                         slots.data(), positions.data(), &counter, rope.data(), out.data(), splits, stored.data(),
-                         arrived.data(), nullptr);
+  for (const float x : cached) cached_before.push_back(from_float<T>(x));
+  const std::vector<float> prefix_bias{0.0f, 1.5f};
+  const std::int64_t base = 60, chunks = chunk_count(entries);
+  const Device<T> qkv_at(qkv), cache_at(cached_before), out_at(2 * heads * d);
+  const Device<float> bias(prefix_bias), rope_at(rope), stored(2 * heads * chunks * (d + 2));
+  const Device<std::int64_t> slots({1, -1}), positions({base, 0}), counter(std::vector<std::int64_t>{position - base});
+  const Device<int> arrived(std::vector<int>(2 * heads));
+  cuda::decode_attention(qkv_at.data(), dtype, (heads + 2) * d, 2, heads, 1, d, cache_at.data(),
+                         cache_at.data() + slots_ * entries * padded, dtype, slots_, entries, entries * padded,
+                         entries * padded, padded, nullptr, nullptr, 0, 0, bias.data(), slots.data(), positions.data(),
+                         counter.data(), rope_at.data(), out_at.data(), splits, stored.data(), arrived.data(), nullptr);
+  const std::vector<T> out = out_at.values(), cache = cache_at.values();
   const T* key_rows = cache.data() + entries * padded;
-  const T* value_rows = values + entries * padded;
+  const T* value_rows = key_rows + slots_ * entries * padded;
   for (std::int64_t i = 0; i < d; ++i)
     check(to_float(value_rows[(position + 1) * padded + i]) == to_float(qkv[(heads + 1) * d + i]), "value written");
   for (std::int64_t h = 0; h < heads; ++h) {
@@ -49,7 +51,7 @@ void attend(int dtype, std::int64_t splits) {
     for (std::int64_t j = 0; j < position + 2; ++j) {
       double score = 0.0;
       for (std::int64_t i = 0; i < d; ++i) score += q[i] * to_float(key_rows[j * padded + i]);
-      const double weight = std::exp(j == 0 ? double{bias[1]} : score / std::sqrt(double{d}));
+      const double weight = std::exp(j == 0 ? double{prefix_bias[1]} : score / std::sqrt(double{d}));
       total += weight;
       for (std::int64_t i = 0; i < d; ++i) sums[i] += weight * to_float(value_rows[j * padded + i]);
     }
@@ -58,7 +60,7 @@ void attend(int dtype, std::int64_t splits) {
       check(to_float(out[(heads + h) * d + i]) == 0.0f, "an inert row gives zeros");
     }
   }
-  for (const int count : arrived) check(count == 0, "counters are left at zero");
+  for (const int count : arrived.values()) check(count == 0, "counters are left at zero");
 }
 
 // A state that is merged in order equals one softmax over everything.

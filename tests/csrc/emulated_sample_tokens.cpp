@@ -2,17 +2,18 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 
 #include "common/exponential.h"
 #include "common/philox.h"
 #include "common/threshold_search.h"
+#include "device.h"
 #include "emulated.h"
 
 namespace {
 
 using namespace gear;
 using gear::emulated::check;
+using gear::emulated::Device;
 using gear::emulated::normal;
 
 std::vector<float> rounded(std::size_t n, unsigned seed) {
@@ -23,15 +24,17 @@ std::vector<float> rounded(std::size_t n, unsigned seed) {
 
 // Three images: one drawn by Philox under guidance with both filters, one greedy, one that does not draw.
 void sample(std::int64_t n) {
-  const std::vector<float> logits = rounded(4 * n, 1), scale{3.0f, 1.0f, 1.0f}, temperature{0.8f, 1.0f, 1.0f};
-  const std::vector<std::int64_t> uncond{3, -1, -1}, top_k{n / 2, n, n}, seeds{77, 0, 0}, positions{2, 1, 0},
-      slots{1, 0, -1};
-  const std::vector<float> top_p{0.7f, 1.0f, 1.0f};
-  const std::unique_ptr<bool[]> greedy(new bool[3]{false, true, true}), draws(new bool[3]{true, true, false});
-  std::vector<std::int64_t> tokens(3, -5), table(2 * 3, -5);
-  cuda::sample_tokens(3, n, logits.data(), n, uncond.data(), scale.data(), temperature.data(), top_k.data(),
-                      top_p.data(), greedy.get(), nullptr, seeds.data(), positions.data(), draws.get(), tokens.data(),
-                      table.data(), 3, slots.data(), nullptr);
+  const std::vector<float> logits = rounded(4 * n, 1);
+  const Device<float> logits_at(logits), scale({3.0f, 1.0f, 1.0f}), temperature({0.8f, 1.0f, 1.0f}),
+      top_p({0.7f, 1.0f, 1.0f});
+  const Device<std::int64_t> uncond({3, -1, -1}), top_k({n / 2, n, n}), seeds({77, 0, 0}), positions({2, 1, 0}),
+      slots({1, 0, -1}), tokens_at({-5, -5, -5}), table_at(std::vector<std::int64_t>(6, -5));
+  const Device<unsigned char> greedy({0, 1, 1}), draws({1, 1, 0});  // bool
+  cuda::sample_tokens(3, n, logits_at.data(), n, uncond.data(), scale.data(), temperature.data(), top_k.data(),
+                      top_p.data(), reinterpret_cast<const bool*>(greedy.data()), nullptr, seeds.data(),
+                      positions.data(), reinterpret_cast<const bool*>(draws.data()), tokens_at.data(), table_at.data(),
+                      3, slots.data(), nullptr);
+  const std::vector<std::int64_t> tokens = tokens_at.values(), table = table_at.values();
   std::vector<float> scores(n);
   for (std::int64_t v = 0; v < n; ++v) {
     const float u = logits[3 * n + v];
