@@ -9,6 +9,7 @@
 //   mma_bf16, mma_f16, mma_tf32                  D += A B on tensor cores, m16n8k16, m16n8k16 and m16n8k8, fp32 sums
 //   load_matrix_x1, _x2, _x4[_transposed]        ldmatrix, b16
 //   barrier_sync(id, threads)                    a named barrier, id 1 … 15
+//   prefetch_l2(global)                          asks for a line of 128 bytes
 //   dependency_wait(), dependency_launch()       programmatic dependent launch (sm_90 and newer; no-ops elsewhere)
 #pragma once
 
@@ -152,6 +153,10 @@ __device__ __forceinline__ void load_matrix_x4_transposed(std::uint32_t (&r)[4],
 
 __device__ __forceinline__ void barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
 __device__ __forceinline__ void dependency_wait() {

@@ -507,6 +507,7 @@ inline void barrier_sync(int id, int threads) {
   block.named[id]->arrive_and_wait();
 }
 
+inline void prefetch_l2(const void*) {}
 inline void dependency_wait() {}
 inline void dependency_launch() {}
 
