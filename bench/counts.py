@@ -122,7 +122,7 @@ def dual_readout(vectors: int, codes: int, width: int, channels: int, element: i
 def conv_rows(rows: int, width: int, inputs: int, outputs: int, edge: int, element: int = 4) -> Counts:
     """``rows`` rows of a convolution with a column of zeros at either side: source, weight and result once.
 
-    2 in k k per number of the result.
+    2 in k k per number of the result, as a direct convolution has them: Winograd's transform needs fewer.
     """
     numbers = rows * (width + 3 - edge) * outputs
     moved = (rows + edge - 1) * width * inputs + outputs * inputs * edge**2 + numbers

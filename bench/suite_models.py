@@ -205,7 +205,7 @@ def _official_prefill(
     def call(index: int) -> torch.Tensor:
         with torch.inference_mode():
             logits: torch.Tensor = model(None, labels, where)
-            return logits
+            return logits[:, -1].float()
 
     return Implementation("official", "peer", call)
 
@@ -218,6 +218,7 @@ def _official_step(
 
     def call(index: int) -> torch.Tensor:
         with torch.inference_mode():
+            # [R, 1, V]: its cache holds other keys, so that its logits are not to be held against ours.
             logits: torch.Tensor = model(tokens[:, None], cond_idx=None, input_pos=where)
             return logits
 
