@@ -143,7 +143,9 @@ def main(arguments: list[str] | None = None) -> None:
     rows = measure(job, options.rounds)
     print(timing.render(rows))
     if options.json:
-        timing.write_json(options.json, {**timing.provenance(), "command": sys.argv[1:], "rows": rows})
+        timing.write_json(
+            options.json, {**timing.provenance(), "rows": rows, "settings": {**job, "rounds": options.rounds}}
+        )
 
 
 if __name__ == "__main__":
