@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from gear_engine.errors import InvalidRequestError
+from gear_engine.ops.dual_readout import Distance
 from gear_engine.ops.sign_bits import sign_bits
 from gear_engine.tokenizers.losses import entropy_loss
 from gear_engine.tokenizers.quantizers import Quantizer, to_grid, to_rows
@@ -40,6 +41,9 @@ class LookupFreeQuantizer(Quantizer):
     def distances(self, z: torch.Tensor) -> torch.Tensor:
         groups = to_rows(z).reshape(-1, self.group_dim)
         return -(2.0 * (groups @ self.codebook(groups).t()))
+
+    def raw_codebook(self, like: torch.Tensor) -> tuple[torch.Tensor, Distance]:
+        return self.codebook(like), "lfq"
 
     def codes_to_rows(self, indices: torch.Tensor) -> torch.Tensor:
         return self._signs(indices).view(-1, self.dim)

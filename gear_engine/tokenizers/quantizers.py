@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from gear_engine.errors import InvalidRequestError
 from gear_engine.ops.codebook_quantize import Metric, hard_indices
+from gear_engine.ops.dual_readout import Distance
 from gear_engine.tokenizers.losses import entropy_loss
 
 __all__ = [
@@ -66,6 +67,14 @@ class Quantizer(nn.Module):
 
     def distances(self, z: torch.Tensor) -> torch.Tensor:
         """d of the module's docstring, [B * H * W * num_codebooks, num_codes]; differentiable."""
+        raise NotImplementedError
+
+    def raw_codebook(self, like: torch.Tensor) -> tuple[torch.Tensor, Distance]:
+        """What :func:`gear_engine.ops.dual_readout.dual_readout` takes: codes [K, d], with gradients, and the distance.
+
+        Args:
+            like: latent vectors; codes that are no parameter take its dtype and device.
+        """
         raise NotImplementedError
 
     def codes_to_rows(self, indices: torch.Tensor) -> torch.Tensor:
@@ -147,6 +156,9 @@ class VectorQuantizer(Quantizer):
         weight = self.embedding.weight
         return F.normalize(weight, p=2, dim=-1) if self.l2_norm else weight
 
+    def raw_codebook(self, like: torch.Tensor) -> tuple[torch.Tensor, Distance]:
+        return self.embedding.weight, "l2_normalized" if self.l2_norm else "l2"
+
     def _normalised_rows(self, z: torch.Tensor) -> torch.Tensor:
         rows = to_rows(z)
         return F.normalize(rows, p=2, dim=-1) if self.l2_norm else rows
@@ -197,6 +209,9 @@ class IndexBackpropQuantizer(Quantizer):
 
     def distances(self, z: torch.Tensor) -> torch.Tensor:
         return -(to_rows(z) @ self.embedding.weight.t())
+
+    def raw_codebook(self, like: torch.Tensor) -> tuple[torch.Tensor, Distance]:
+        return self.embedding.weight, "inner_product"
 
     def codes_to_rows(self, indices: torch.Tensor) -> torch.Tensor:
         return self.embedding(indices)  # type: ignore[no-any-return]

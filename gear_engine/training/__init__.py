@@ -18,7 +18,10 @@ images in the same order. A small encoder is shared between runs by ``Trainer(..
 
 from __future__ import annotations
 
-from gear_engine.training.config import (
+from gear_engine.training.config import TrainConfig
+from gear_engine.training.config_file import config_from_table, load_config
+from gear_engine.training.data import ArraySource, FolderSource, ImageSource, open_source
+from gear_engine.training.sections import (
     AlignmentConfig,
     DataConfig,
     EncoderConfig,
@@ -27,10 +30,7 @@ from gear_engine.training.config import (
     LossConfig,
     OptimizerConfig,
     OutputConfig,
-    TrainConfig,
 )
-from gear_engine.training.config_file import config_from_table, load_config
-from gear_engine.training.data import ArraySource, FolderSource, ImageSource, open_source
 from gear_engine.training.small_encoder import SmallEncoder, train_small_encoder
 from gear_engine.training.trainer import Trainer
 

@@ -19,7 +19,8 @@ from PIL import Image
 
 from gear_engine.errors import ConfigError, InvalidRequestError
 from gear_engine.runs.world import World
-from gear_engine.training.config import DataConfig, TrainConfig
+from gear_engine.training.config import TrainConfig
+from gear_engine.training.sections import DataConfig
 
 __all__ = ["ArraySource", "Batch", "FolderSource", "ImageSource", "Share", "batches", "open_source", "share_of_step"]
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from gear_engine.errors import MissingWeightsError
-from gear_engine.training.config import EncoderConfig
+from gear_engine.training.sections import EncoderConfig
 from gear_engine.training.small_encoder import SmallEncoder
 
 __all__ = ["Dinov2Targets", "SmallTargets", "TargetEncoder"]

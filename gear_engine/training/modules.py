@@ -16,8 +16,10 @@ from torch import nn
 from gear_engine.models.layers import TransformerBlock
 from gear_engine.models.rope import rope_table
 from gear_engine.models.transformer import Transformer
-from gear_engine.tokenizers import Tokenizer, soft_readout
-from gear_engine.training.config import AlignmentConfig
+from gear_engine.ops.dual_readout import dual_readout
+from gear_engine.tokenizers import Tokenizer
+from gear_engine.tokenizers.quantizers import to_rows
+from gear_engine.training.sections import AlignmentConfig
 
 __all__ = [
     "DiscriminatorPass",
@@ -71,10 +73,10 @@ class TokenizerPass(nn.Module):
         """``softmax(-d / tau) @ table`` of all but the last token, [B, L - 1, C]."""
         alignment = self.alignment
         batch, length = indices.shape
-        distance = self.tokenizer.quantize.distances(z)  # [B * L, K]
         # The last token is nobody's input.
-        distance = distance.view(batch, length, -1)[:, :-1].flatten(0, 1)
-        soft = soft_readout(distance, table, alignment.tau).view(batch, length - 1, -1)
+        rows = to_rows(z).view(batch, length, -1)[:, :-1].flatten(0, 1)
+        codebook, distance = self.tokenizer.quantize.raw_codebook(rows)
+        soft = dual_readout(rows, codebook, table, alignment.tau, distance)[1].view(batch, length - 1, -1)
         if alignment.branch == "straight_through":
             hard = F.embedding(indices[:, :-1], table)
             soft = soft + (hard - soft).detach()

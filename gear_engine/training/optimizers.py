@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from gear_engine.training.config import OptimizerConfig
+from gear_engine.training.sections import OptimizerConfig
 
 __all__ = ["Optimizer", "make_optimizer", "rate_factor", "update_average"]
 

@@ -18,8 +18,9 @@ from torch import nn
 from gear_engine.checkpoint import strict
 from gear_engine.errors import CheckpointError, ConfigError
 from gear_engine.runs.world import World
-from gear_engine.training.config import EncoderConfig, TrainConfig
+from gear_engine.training.config import TrainConfig
 from gear_engine.training.data import ImageSource, batches
+from gear_engine.training.sections import EncoderConfig
 
 __all__ = ["SmallEncoder", "read_small_encoder", "train_small_encoder"]
 

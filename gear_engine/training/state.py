@@ -85,6 +85,11 @@ def build_state(
         MissingWeightsError, CheckpointError: weights that are not there or do not fit.
     """
     classes = len(source.class_names)
+    batch_norm = config.stage != "generator" and config.loss.discriminator_norm == "batch"
+    if world.size > 1 and device.type == "cpu" and batch_norm:
+        raise ConfigError(
+            "torch synchronises batch norm on GPUs only: set loss.discriminator_norm = 'group', or use one process"
+        )
     if config.generator is not None and 0 < config.generator.num_classes < classes:
         raise ConfigError(f"generator.num_classes {config.generator.num_classes} is below the {classes} classes")
     with torch.random.fork_rng(devices=[]):
@@ -158,11 +163,6 @@ def _attach_training(state: TrainState) -> None:
         )
         # Batch norm sees the whole batch in every process, as it would in one.
         if state.world.size > 1 and config.loss.discriminator_norm == "batch":
-            if state.device.type == "cpu":
-                raise ConfigError(
-                    "torch synchronises batch norm on GPUs only: set loss.discriminator_norm = 'group', or use one "
-                    "process"
-                )
             state.discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(state.discriminator)
         state.passes["disc"] = _wrapped(DiscriminatorPass(state.discriminator), state)
         state.optimizers["disc"] = make_optimizer(

@@ -155,15 +155,19 @@ def _discriminator_update(state: TrainState, images: torch.Tensor, restored: tor
     """Hinge loss on real and restored images, plus LeCam regularisation."""
     loss = state.config.loss
     optimizer = state.optimizers["disc"]
+    if loss.adversarial_weight == 0:
+        return {}
     if state.step < loss.adversarial_start:
         optimizer.step_without_loss()
         return {}
     real, fake = state.passes["disc"](images, restored.to(state.dtype))
     total = hinge_loss(real, fake)
     if loss.lecam_weight > 0:
-        means = _mean_over_ranks(state, torch.stack((real.mean(), fake.mean())).detach())
-        total = total + loss.lecam_weight * lecam_loss(real.mean(), fake.mean(), state.lecam)
-        state.lecam = loss.lecam_decay * state.lecam + (1 - loss.lecam_decay) * means
+        local = torch.stack((real.mean(), fake.mean()))
+        # The mean over all processes forward, this one's gradient backward: averaged over them it is the whole's.
+        means = local + _mean_over_ranks(state, local.detach().clone()) - local.detach()
+        total = total + loss.lecam_weight * lecam_loss(means[0], means[1], state.lecam)
+        state.lecam = loss.lecam_decay * state.lecam + (1 - loss.lecam_decay) * means.detach()
     total.backward()
     return {
         "d_loss": total.detach(),
