@@ -157,11 +157,13 @@ def _discriminator_update(state: TrainState, images: torch.Tensor, restored: tor
     optimizer = state.optimizers["disc"]
     if loss.adversarial_weight == 0:
         return {}
-    if state.step < loss.adversarial_start:
+    started = state.step >= loss.adversarial_start
+    if not started and loss.lecam_weight == 0:
         optimizer.step_without_loss()
         return {}
     real, fake = state.passes["disc"](images, restored.to(state.dtype))
-    total = hinge_loss(real, fake)
+    # Officially the regularisation does not wait for the start.
+    total = hinge_loss(real, fake) if started else real.new_zeros(())
     if loss.lecam_weight > 0:
         local = torch.stack((real.mean(), fake.mean()))
         # The mean over all processes forward, this one's gradient backward: averaged over them it is the whole's.
