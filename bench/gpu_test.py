@@ -134,7 +134,7 @@ def plan(machine: Machine, out: Path, official: Path | None) -> list[Stage]:
         Stage("smoke", 60, (Command("smoke", (*rollout, "--smoke")),), _modules(machine, ["torch", "triton"])),
         Stage(
             "ops",
-            150,
+            180,
             (Command("pytest", module("pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests)),),
             _modules(machine, ["pytest", "hypothesis", "safetensors"]),
         ),
