@@ -49,22 +49,23 @@ def _configure() -> None:
 
 
 @functools.cache
-def build(*targets: str) -> None:
-    """Compiles targets of the emulation; what is up to date stays."""
+def build() -> None:
+    """Compiles all of the emulation, together, so that no core idles; what is up to date stays."""
     _configure()
+    targets = ("emulated", "emulated_address", "emulated_thread")
     _run(_program("cmake"), "--build", str(BUILD), "--target", *targets)
 
 
 def program(sanitizer: str) -> Path:
     """The driver of all kernels under ``address`` (with undefined behaviour) or ``thread``."""
-    build("emulated_address", "emulated_thread")
+    build()
     return BUILD / f"emulated_{sanitizer}"
 
 
 @functools.cache
 def module() -> types.ModuleType:
     """A module with the ``*_cuda`` functions of ``gear_engine._C``, whose kernels run on the CPU."""
-    build("emulated")
+    build()
     (path,) = BUILD.glob("emulated.*.so")
     spec = importlib.util.spec_from_file_location("emulated", path)
     assert spec is not None and spec.loader is not None
