@@ -46,7 +46,7 @@ class Optimizer:
 
     def step(self) -> torch.Tensor:
         """One step with the gradients at hand, which are then dropped; returns their total norm before clipping."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm, foreach=True)
         self.adamw.step()
         self.schedule.step()
         self.adamw.zero_grad(set_to_none=True)

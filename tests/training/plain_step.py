@@ -175,15 +175,19 @@ class Adam:
     @torch.no_grad()
     def step(self, total: torch.Tensor) -> torch.Tensor:
         grads = torch.autograd.grad(total, self.weights)
-        length = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+        length = torch.cat([g.flatten() for g in grads]).square().sum().sqrt()
         rate = self.rate if self.count else 0.0
         self.count += 1
-        for w, g, m, v in zip(self.weights, grads, self.m, self.v, strict=True):
-            g = g * min(1.0, 1.0 / (float(length) + 1e-6))
-            m.mul_(0.9).add_(g, alpha=0.1)
-            v.mul_(0.999).add_(g * g, alpha=0.001)
-            corrected = v.sqrt() / math.sqrt(1 - 0.999**self.count) + 1e-8
-            w.sub_(rate / (1 - 0.9**self.count) * m / corrected)
+        # All tensors at once: m = 0.9 m + 0.1 g, v = 0.999 v + 0.001 g^2, w -= rate m' / (sqrt(v') + 1e-8).
+        grads = torch._foreach_mul(grads, min(1.0, 1.0 / (float(length) + 1e-6)))
+        torch._foreach_mul_(self.m, 0.9)
+        torch._foreach_add_(self.m, grads, alpha=0.1)
+        torch._foreach_mul_(self.v, 0.999)
+        torch._foreach_addcmul_(self.v, grads, grads, value=0.001)
+        corrected = torch._foreach_sqrt(self.v)
+        torch._foreach_div_(corrected, math.sqrt(1 - 0.999**self.count))
+        torch._foreach_add_(corrected, 1e-8)
+        torch._foreach_addcdiv_(self.weights, self.m, corrected, value=-rate / (1 - 0.9**self.count))
         return length
 
 
@@ -255,8 +259,8 @@ class PlainRun:
         norm_ar = self.opt_ar.step(ar_total)
         with torch.no_grad():
             for name, shadow in self.averages.items():
-                for key, value in shadow.items():
-                    value.copy_(self.decay * value + (1 - self.decay) * self.w[name][key])
+                live = [self.w[name][key] for key in shadow]
+                torch._foreach_lerp_(list(shadow.values()), live, 1 - self.decay)
         scalars = {
             "reconstruction_loss": reconstruction, "perceptual_loss": perceptual, "vq_loss": codebook,
             "commit_loss": commitment, "entropy_loss": entropy, "sample_entropy": sample, "avg_entropy": average,
