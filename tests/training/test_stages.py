@@ -166,3 +166,13 @@ def test_numbers_that_are_not_finite_stop_the_run(tmp_path: Path) -> None:
 def test_a_tokenizer_of_another_shape_is_refused(tmp_path: Path, stage0: Path) -> None:
     with pytest.raises(ConfigError, match="codebook_size"):
         train(started("joint", tmp_path, stage0, tokenizer={"codebook_size": 32}))
+
+
+def test_precision_schedule_and_adaptive_weight() -> None:
+    changes = {"loss": {"adaptive": True}, "alignment": {"spatial_norm": "zscore"}, "optimizer": {"schedule": "cosine"}}
+    settings = config("joint", steps=3, precision="bf16", **changes)
+    trainer = Trainer(settings, source(settings), device="cpu", write=False)
+    records = losses(list(trainer.run()))
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.state.generator.parameters())
+    assert [record["lr_ar"] for record in records] == pytest.approx([1e-4, 0.55e-4, 1e-5])
+    assert records[-1]["gan_weight"] not in (0.0, 0.1) and records[-1]["vq_total"] < 10
