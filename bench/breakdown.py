@@ -88,8 +88,8 @@ def rollout_counts(
     """The same over a prefill, ``tokens`` - 1 steps and ``tokens`` draws."""
     rows = images * (2 if guided else 1)
     draw = counts.sample_tokens(images, config.vocab_size, guided=guided)
-    parts = [_linear_counts(config, rows, dtype, config.kv_dim), {"sample_tokens": draw * tokens}]
-    parts += [step_counts(config, rows, position, dtype) for position in range(tokens - 1)]
+    parts = [step_counts(config, rows, position, dtype) for position in range(tokens - 1)]  # first: their order is kept
+    parts += [_linear_counts(config, rows, dtype, config.kv_dim), {"sample_tokens": draw * tokens}]
     total: dict[str, counts.Counts] = {}
     for part in parts:
         for name, counted in part.items():

@@ -22,7 +22,7 @@ from gear_engine.report.text import (
 
 __all__ = ["report_html"]
 
-_SERIES = 6
+_SERIES = 9
 #: A row that reaches more than this share of its floor did not meet the ceilings that were measured.
 ABOVE_FLOOR = 1.05
 
@@ -90,6 +90,7 @@ def _floors(report: Report) -> list[dict[str, Any]]:
 def _stacks(rows: Sequence[tuple[Row, list[tuple[str, float, float]]]]) -> dict[str, Any]:
     """Stacked bars of parts with one legend."""
     names = list(dict.fromkeys(name for _, parts in rows for name, _, _ in parts))
+    names.sort(key=lambda name: name == "gap")  # last, and it takes no colour of a kernel's
     colour = {name: "gap" if name == "gap" else f"c{1 + index % _SERIES}" for index, name in enumerate(names)}
     bars = []
     for row, parts in rows:

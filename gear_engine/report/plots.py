@@ -18,7 +18,7 @@ __all__ = ["PLOTS", "curve_svgs", "write_pngs"]
 #: Colours of series, in order; told apart by people with any colour vision (Okabe and Ito), with markers beside them.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 #: The same, dark enough for white text on them.
-_FILLS = ("#0072b2", "#c65102", "#00805f", "#a8558a", "#946200", "#5560b8")
+_FILLS = ("#0072b2", "#c65102", "#00805f", "#a8558a", "#946200", "#5560b8", "#8c3b3b", "#2f6f7a", "#6b6b1f")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 #: Stacked bars beyond these make no readable figure; the page and the Markdown hold all.
 _MOST_STACKS = 24
@@ -159,6 +159,7 @@ def _stacked_figure(title: str, bars: list[tuple[str, list[tuple[str, float, flo
         return None
     plt = _pyplot()
     names = list(dict.fromkeys(name for _, parts in bars for name, _, _ in parts))
+    names.sort(key=lambda name: name == "gap")  # last, and it takes no colour of a kernel's
     colours = {name: "#8c959f" if name == "gap" else _FILLS[i % len(_FILLS)] for i, name in enumerate(names)}
     size = (10, 1.0 + 1.25 * len(bars))
     figure, axes = plt.subplots(len(bars), 1, figsize=size, squeeze=False, layout="constrained")

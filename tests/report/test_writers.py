@@ -99,6 +99,17 @@ def test_parameters_that_are_no_batch_are_not_drawn_against_batch(record: Record
     assert batch_curves(Report(record), throughput=False) == []
 
 
+def test_every_part_of_a_stack_has_a_colour_of_its_own(record: Record) -> None:
+    from gear_engine.report.html import report_html
+
+    names = ["qkv", "attention", "attention-out", "swiglu", "ffn-out", "head", "gap", "sample_tokens", "other kernels"]
+    row = next(row for row in record["rows"] if "breakdown" in row)
+    row["breakdown"] = [{"name": name, "seconds": 0.001, "calls": 1} for name in names]
+    page = report_html(Report(record))
+    legend = dict(re.findall(r'<i class="(\w+)"></i>([\w -]+)', page.split("Where the time goes")[1].split("</h2>")[1]))
+    assert sorted(legend.values()) == sorted(names)
+
+
 def test_csv(written: Path, record: Record) -> None:
     lines = list(csv.DictReader(io.StringIO((written / "report.csv").read_text())))
     assert len(lines) == len(record["rows"])
