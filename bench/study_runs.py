@@ -67,12 +67,12 @@ _NARROW: Final = {
 SETTINGS: Final = {
     # As small as recognisable shapes allow, so that a processor is enough.
     "standard": Settings(
-        image_size=16, images=4096, warmup_steps=500, steps=240, evaluations=6, batch_size=16,
+        image_size=16, images=4096, warmup_steps=500, steps=1200, evaluations=6, batch_size=16,
         tokenizer=_NARROW, generator={"dim": 128, "n_layer": 4, "n_head": 4},
     ),
     # The mechanism, in minutes.
     "quick": Settings(
-        image_size=16, images=4096, warmup_steps=250, steps=120, evaluations=3, batch_size=16,
+        image_size=16, images=4096, warmup_steps=250, steps=400, evaluations=2, batch_size=16,
         tokenizer=_NARROW, generator={"dim": 128, "n_layer": 4, "n_head": 4}, samples=256, restored=128,
     ),
     # For a GPU.
@@ -101,7 +101,7 @@ def _config(settings: Settings, folder: Path, seed: int, **sections: Any) -> Tra
             "discriminator_channels": 8,
         },
         "alignment": {"depth": 2, "projector_dim": 128, "tau": settings.tau},
-        "optimizer": {"tokenizer_lr": 2e-3, "generator_lr": 1e-3, "beta2": 0.95, "warmup_steps": 20, "ema_decay": 0.98},
+        "optimizer": {"tokenizer_lr": 2e-3, "generator_lr": 2e-3, "beta2": 0.95, "warmup_steps": 20, "ema_decay": 0.98},
         "output": {"folder": str(folder), "checkpoint_every": 50, "keep": 1, "sample_every": 0},
     }
     for name, section in sections.items():
