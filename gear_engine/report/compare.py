@@ -28,6 +28,8 @@ EQUAL_WITHIN = 0.05
 SMALLEST_CHANGE = 0.05
 #: Share of CPU time of other processes beyond which a row says nothing about a change.
 DISTURBED = 0.10
+#: How far the machine's own speed may move between two rows; a row follows it by more or by less than the controls do.
+UNSTEADY = 1.10
 #: The control measurements agree with themselves to about this on an idle machine.
 _CONTROL_NOISE = 0.05
 
@@ -40,7 +42,8 @@ class Change:
         row, other: baseline and other; equal ids.
         ratio: median(other) / median(baseline) with its interval; above 1 is slower.
         machine: how far the machine's own speed moved between the two, as a factor >= 1; widens ``ratio``.
-        disturbed: other processes took more of the CPU than :data:`DISTURBED` while one of the two was measured.
+        disturbed: other processes took more of the CPU than :data:`DISTURBED` while one of the two was measured, or
+            ``machine`` is above :data:`UNSTEADY`.
         verdict: what the interval allows to say.
     """
 
@@ -116,7 +119,7 @@ def _change(row: Row, other: Row, comparisons: int, same_device: bool) -> Change
     ratio = ratio_of_medians(row.samples, other.samples, comparisons=comparisons)
     machine = _machine_factor(row, other) if same_device else 1.0
     ratio = Interval(ratio.value, ratio.low / machine, ratio.high * machine)
-    disturbed = same_device and (_disturbed(row) or _disturbed(other))
+    disturbed = same_device and (machine > UNSTEADY or _disturbed(row) or _disturbed(other))
     return Change(row, other, ratio, machine, disturbed, "cannot tell" if disturbed else _verdict(ratio))
 
 

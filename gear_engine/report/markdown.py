@@ -70,6 +70,11 @@ def _change_text(change: Change) -> str:
     return f"{ratio.value - 1:+.1%} [{low}, {high}]"
 
 
+def _machine_text(change: Change) -> str:
+    moved = f"±{change.machine - 1:.0%}" if change.machine > 1 else ""
+    return f"busy {moved}".rstrip() if change.disturbed else moved
+
+
 def verdict_lines(comparison: Comparison) -> list[str]:
     """What changed beyond noise, in words; the first line is the summary."""
     counts = {name: comparison.count(name) for name in ("slower", "faster", "equal", "cannot tell")}
@@ -98,7 +103,7 @@ def comparison_markdown(comparisons: Sequence[Comparison]) -> str:
                 "baseline": seconds_text(change.row.summary.median),
                 "other": seconds_text(change.other.summary.median),
                 "time, 95% interval": _change_text(change),
-                "machine": "busy" if change.disturbed else f"±{change.machine - 1:.0%}" if change.machine > 1 else "",
+                "machine": _machine_text(change),
                 "verdict": f"**{change.verdict}**" if change.verdict in ("slower", "faster") else change.verdict,
             }
             for change in comparison.changes
@@ -110,7 +115,8 @@ def comparison_markdown(comparisons: Sequence[Comparison]) -> str:
                 parts += [_plain(f"Only in the {what}: {', '.join(ids)}"), ""]
     parts.append(
         'The interval covers sampling noise and the number of rows; "machine" is how far control measurements around '
-        "the two rows lie apart, by which it is widened; busy: other programs took more than a tenth of the CPU."
+        "the two rows lie apart, by which it is widened; busy: it is more than a tenth, or "
+        "other programs took as much of the CPU, and nothing is concluded."
     )
     return "\n".join([*parts, ""])
 

@@ -80,6 +80,17 @@ def test_a_machine_that_slowed_down_says_cannot_tell() -> None:
     assert set(_verdicts(second, first).values()) == {"faster"}
 
 
+def test_a_machine_of_another_speed_says_cannot_tell_of_large_changes_too() -> None:
+    """On a shared machine a row may follow the machine's speed by more than the controls do."""
+    fast, slow = {"bandwidth": 3e10, "rate": 1.5e11}, {"bandwidth": 2.9e10, "rate": 1.1e11}
+    first = make_record([make_row(samples=_noisy(0.01, 0.01, 1), control=fast)])
+    second = make_record([make_row(samples=_noisy(0.018, 0.01, 2), control=slow)])
+    (comparison,) = compare([Report(first), Report(second)])
+    assert comparison.changes[0].ratio.low > 1.2 and comparison.changes[0].verdict == "cannot tell"
+    assert not comparison.changes[0].regressed(0.05)
+    assert "busy ±30%" in comparison_markdown([comparison])
+
+
 def test_a_busy_machine_says_cannot_tell() -> None:
     quiet, busy = ({"bandwidth": 3e10, "rate": 1e11, "others": share} for share in (0.01, 0.4))
     first = make_record([make_row(samples=_noisy(0.01, 0.01, 1), control=quiet)])
