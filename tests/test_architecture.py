@@ -41,8 +41,7 @@ FLOORS: tuple[frozenset[str], ...] = (
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 #: Rooms that plan or describe, and so know no device.
 WITHOUT_TORCH = frozenset({"errors", "config", "request", "scheduler", "segments"})
-#: Modules of ops/ that are no op; neither is `<op>_cuda`, the call of a kernel.
-OPS_HELPERS = frozenset({"__init__", "backends", "native", "readout_kernels", "triton_backend"})
+OPS_HELPERS = frozenset({"__init__", "backends", "native", "packed_weight", "readout_kernels", "triton_backend"})
 #: Functions that several kernels share, with a reference and a test of their own but no backend to choose.
 SHARED_FUNCTIONS = frozenset({"philox"})
 

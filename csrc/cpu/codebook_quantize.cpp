@@ -97,7 +97,8 @@ int64_t decide(const QuantizeProblem& problem, const PackedCodebook& packed, int
     const double x = problem.z[row * problem.d + i];
     z_norm2 += x * x;
   }
-  const double bound = fp32_proposal_slack(problem, z_norm2, packed.max_norm2);
+  const double bound =
+      fp32_proposal_slack(static_cast<int>(problem.d), problem.metric == Metric::l2, z_norm2, packed.max_norm2);
   Best winner(problem, row);
   const bool finite = std::isfinite(top) && bound <= kLargestBound;
   const float lower = candidate_threshold(top, bound);

@@ -1,23 +1,14 @@
 // codebook_quantize on AMX tile registers: proposals from bf16 products, everything they leave open decided in fp32.
 //
-// Each fp32 number is split as x = hi + lo + rest, hi and lo in bf16. The score of a code is one bf16 inner product of
-// 2-byte "slots":
-//
-//   kThreeTerms   z: [hi  lo  hi  1 1 1]      when 3 d + 3 slots fit one tile step of 32: nearly fp32's accuracy
-//                 e: [hi  hi  lo  b b b]
-//   one term      z: [hi  1 1 1]              otherwise
-//                 e: [hi  b b b]              b: three bf16 pieces of the bias -|e|^2 / 2; absent for inner products
+// The score of a code is one bf16 inner product of 2-byte slots: three terms when they fit one tile step of 32, nearly
+// fp32's accuracy, one term otherwise (common/codebook_bound.h).
 //
 // A tile product gives the scores of 16 codes for 16 rows; only their maximum over the 16 codes (a granule) is kept, K
 // / 16 numbers per row. Then, per row: granules within the bf16 bound of the row's best are scored in fp32; if more
 // than one code is within fp32's bound, the official formula decides (codebook_quantize_exact.h).
 //
-// Error of a bf16 proposal. With e = eh + el + re and z = zh + zl + rz,
-//     three terms:  z . e - (zh eh + zl eh + zh el) = rz . e + zl . (e - eh) + zh . re
-//     one term:     z . e - zh eh                   = (z - zh) . e + zh . (e - eh)
-// bounded by Cauchy and Schwarz, from the norms of the residuals themselves and not from bf16's unit roundoff. The
-// hardware's sum of m slots adds m u (P + E / 2) with a margin of 1.04 for the splitting; it flushes denormal numbers,
-// less than 2^-125 for each of its operations.
+// Error of a bf16 proposal: split_error, and for the hardware's sum of m slots m u (P + E / 2) with a margin of 1.04
+// for the splitting; it flushes denormal numbers, less than 2^-125 for each of its operations.
 #include "cpu/codebook_quantize.h"
 
 #if defined(GEAR_ISA_avx512)
@@ -54,13 +45,13 @@ void store_high_halves(uint16_t* p, Vec x, __mmask16 lanes) {
 }
 
 // |x|^2, |x - hi|^2 and |x - hi - lo|^2 of 16 vectors.
-struct SplitNorms {
+struct SplitSquares {
   Vec whole, low, rest;
 };
 
 // Splits `count` <= 16 vectors into the hi and lo slots of `slots` [16][n_slots]; lo_first: the order of z.
-SplitNorms split(const float* x, int64_t count, int64_t d, bool lo_first, bool terms3, uint16_t* slots,
-                 int64_t n_slots) {
+SplitSquares split(const float* x, int64_t count, int64_t d, bool lo_first, bool terms3, uint16_t* slots,
+                   int64_t n_slots) {
   Vec whole[kLanes], low[kLanes], rest[kLanes];
   for (int64_t v = 0; v < kLanes; ++v) {
     whole[v] = low[v] = rest[v] = zero();
@@ -221,16 +212,13 @@ struct RowBounds {
   double bf16[kLanes], fp32[kLanes];
 };
 
-// Square root of a sum of squares in fp32; covers what underflow took from it.
-double norm(float squares) { return std::sqrt(static_cast<double>(squares)) * 1.0001 + 0x1p-56; }
-
 // Splits 16 rows from `first` on (those past `last` are zeros) into the tile at `pairs`; returns their error bounds.
 RowBounds prepare_rows(const QuantizeProblem& problem, const TiledCodebook& codes, int64_t first, int64_t last,
                        uint16_t* staging, uint32_t* pairs) {
   const int64_t d = problem.d, n_slots = codes.n_slots, count = last - first < kLanes ? last - first : kLanes;
   const bool terms3 = three_terms(problem), l2 = problem.metric == Metric::l2;
   std::memset(staging, 0, static_cast<size_t>(kLanes * n_slots) * 2);
-  const SplitNorms norms = split(problem.z + (count > 0 ? first * d : 0), count, d, true, terms3, staging, n_slots);
+  const SplitSquares norms = split(problem.z + (count > 0 ? first * d : 0), count, d, true, terms3, staging, n_slots);
   for (int64_t v = 0; l2 && v < kLanes; ++v)
     for (int64_t piece = 0; piece < 3; ++piece) staging[v * n_slots + (terms3 ? 3 : 1) * d + piece] = 0x3f80;  // 1
   for (int64_t v = 0; v < kLanes; ++v)
@@ -240,14 +228,16 @@ RowBounds prepare_rows(const QuantizeProblem& problem, const TiledCodebook& code
   store(whole, norms.whole);
   store(low, norms.low);
   store(rest, norms.rest);
+  const SplitNorms e = split_norms(codes.max_whole, codes.max_low, codes.max_rest);
+  const int width = static_cast<int>(d);
   RowBounds bounds;
   for (int64_t v = 0; v < kLanes; ++v) {
-    const double z = norm(whole[v]), zl = norm(low[v]), zr = norm(rest[v]), e = norm(codes.max_whole);
-    const double el = norm(codes.max_low), er = norm(codes.max_rest), e2 = e * e, z2 = z * z;
-    const double split_error = terms3 ? zr * e + zl * el + (z + zl) * er : zl * e + (z + zl) * el;
-    const double sum_error = 1.04 * kUnitRoundoff * static_cast<double>(n_slots + 4) * (z * e + e2 / 2);
-    bounds.bf16[v] = proposal_slack(problem, split_error + sum_error, z2, e2) + static_cast<double>(n_slots) * 0x1p-123;
-    bounds.fp32[v] = fp32_proposal_slack(problem, z2, e2);
+    const SplitNorms z = split_norms(whole[v], low[v], rest[v]);
+    const double z2 = z.whole * z.whole, e2 = e.whole * e.whole;
+    const double sum_error = 1.04 * kUnitRoundoff * static_cast<double>(n_slots + 4) * (z.whole * e.whole + e2 / 2);
+    bounds.bf16[v] = proposal_slack(width, l2, split_error(terms3 ? 3 : 1, z, e) + sum_error, z2, e2) +
+                     static_cast<double>(n_slots) * 0x1p-123;
+    bounds.fp32[v] = fp32_proposal_slack(width, l2, z2, e2);
   }
   return bounds;
 }
@@ -291,7 +281,7 @@ void codebook_tile_pack(const QuantizeProblem& problem, int64_t granule, int64_t
   const bool terms3 = three_terms(problem);
   std::memset(slots, 0, static_cast<size_t>(kGranule * n_slots) * 2);
   if (count > 0) {
-    const SplitNorms norms = split(problem.codebook + first * d, count, d, false, terms3, slots, n_slots);
+    const SplitSquares norms = split(problem.codebook + first * d, count, d, false, terms3, slots, n_slots);
     const Vec squares[3] = {norms.whole, norms.low, norms.rest};
     for (int i = 0; i < 3; ++i) {
       // A NaN stays: it is among the lanes that are not <= the largest.

@@ -1,129 +1,112 @@
-// codebook_quantize on a GPU: the exact formula of csrc/cpu/codebook_quantize.h, straightforwardly.
+// codebook_quantize on a GPU: the index of the official formula, as csrc/cpu/codebook_quantize.h defines it.
 //
-// State: run under the CPU emulation only (tests/csrc/cuda_emulation.h), not on hardware yet. No tensor cores and no
-// register tiling: its purpose is a correct compiled path that a faster one can be compared with.
+// The kernels of this op have run only under the CPU emulation of tests/csrc, not on hardware.
 //
-// A block owns kRows rows of z in shared memory. Its threads stride over the codes; each keeps the best (score, index)
-// of every row in registers, so nothing of size N x K is stored. A second walk (inner product only) finds the lowest
-// code within the rounding of exp() to 1. A reduction over the block picks the winner, and the block copies its vector.
+//   slots that are used                     steps of 16 slots    terms
+//   at most 32 by 3 or 2 terms (d <= 14)    2                    3 (l2: d <= 9), else 2
+//   at most 256 (l2: d <= 253)              16                   as many as fit
+//   more                                    the official formula for every code
+//
+// Memory: the packed codebook and a list of rows, O(N + K d); no N x K array.
+#include <stdexcept>
+
 #include "cuda/codebook_quantize.h"
-
-#include <cstdint>
-
+#include "cuda/codebook_quantize_exact.cuh"
+#include "cuda/codebook_quantize_tensor.cuh"
 #include "cuda/platform.cuh"
 
 namespace gear::cuda {
 namespace {
 
-constexpr int kRows = 8;
-constexpr int kThreads = 256;
-constexpr int kNone = 0x7fffffff;
+using namespace codebook;
 
-struct Candidate {
-  float score;  // larger is better
-  int code;
+constexpr std::int64_t kMostBlocks = 1 << 30;
+constexpr unsigned kOpenBlocks = 264;  // of the exact kernel after proposals: two for each SM of the largest GPU
+
+struct Plan {
+  int steps;  // 0: no proposals
+  int terms;
 };
 
-// A NaN wins, the first of several; equal scores go to the lower code.
-__device__ bool better(Candidate a, Candidate b) {
-  const bool a_nan = a.score != a.score, b_nan = b.score != b.score;
-  if (a_nan || b_nan) return a_nan && (!b_nan || a.code < b.code);
-  return a.score > b.score || (a.score == b.score && a.code < b.code);
+Plan plan(std::int64_t d, bool inner_product) {
+  const std::int64_t bias = inner_product ? 0 : kBiasSlots;
+  for (const int terms : {3, 2})
+    if (terms * d + bias <= 32) return {2, terms};
+  for (const int terms : {3, 2, 1})
+    if (terms * d + bias <= 256) return {16, terms};
+  return {0, 0};
 }
 
-__device__ Candidate best_of_block(Candidate mine, Candidate* shared) {
-  shared[threadIdx.x] = mine;
-  __syncthreads();
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half && better(shared[threadIdx.x + half], shared[threadIdx.x]))
-      shared[threadIdx.x] = shared[threadIdx.x + half];
-    __syncthreads();
-  }
-  const Candidate result = shared[0];
-  __syncthreads();
-  return result;
+std::size_t aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// The parts of the workspace.
+struct Parts {
+  std::size_t tiles, norms, rows, total;
+};
+
+template <int kSteps>
+Parts parts(std::int64_t n, std::int64_t k) {
+  using At = tensor::Shape<kSteps>;
+  const auto count = static_cast<std::size_t>((k + At::codes - 1) / At::codes);
+  const std::size_t tiles = aligned(count * At::tile_values * sizeof(bfloat16));
+  const std::size_t norms = tiles + aligned(count * 3 * sizeof(float));
+  const std::size_t rows = norms + aligned(static_cast<std::size_t>(n) * sizeof(std::int64_t));
+  return {tiles, norms, rows, rows + 256};
 }
 
-// dot[r] = z_r . e in ascending order, one rounding per term. rows: [kRows][d] in shared memory.
-__device__ void products(const float* rows, const float* code, int d, float* dot) {
-  const float first = code[0];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) dot[r] = __fmul_rn(rows[r * d], first);
-  for (int i = 1; i < d; ++i) {
-    const float x = code[i];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) dot[r] = __fmaf_rn(rows[r * d + i], x, dot[r]);
-  }
+void run_exact(const Problem& p, unsigned blocks, const std::int64_t* list, const int* count, void* stream) {
+  const std::size_t shared = static_cast<std::size_t>(exact::kRows * p.d) * sizeof(float);  // 16 KiB at d = 512
+  launch("codebook_quantize", {blocks, exact::kThreads, shared, stream}, exact::kernel, p, list, count);
 }
 
-__global__ void __launch_bounds__(kThreads)
-    quantize_kernel(const float* z, const float* z2, const float* codebook, const float* e2, int64_t n, int k, int d,
-                    bool inner_product, int64_t* indices, float* quantized) {
-  float* rows = dynamic_shared<float>();  // [kRows][d]
-  __shared__ Candidate candidates[kThreads];
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
-  const int used = static_cast<int>(n - first_row < kRows ? n - first_row : kRows);
-
-  // Phase 1: the rows; missing ones are zero.
-  for (int i = threadIdx.x; i < kRows * d; i += kThreads) rows[i] = i < used * d ? z[first_row * d + i] : 0.0f;
-  float norm[kRows];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) norm[r] = !inner_product && r < used ? z2[first_row + r] : 0.0f;
-  __syncthreads();
-
-  // Phase 2: the best code of each row among this thread's.
-  Candidate best[kRows];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) best[r] = {-__int_as_float(0x7f800000), kNone};
-  for (int code = threadIdx.x; code < k; code += kThreads) {
-    float dot[kRows];
-    products(rows, codebook + static_cast<int64_t>(code) * d, d, dot);
-    const float code_norm = inner_product ? 0.0f : e2[code];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const float distance = __fsub_rn(__fadd_rn(norm[r], code_norm), 2.0f * dot[r]);
-      const Candidate found{inner_product ? dot[r] : -distance, code};
-      if (better(found, best[r])) best[r] = found;
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) best[r] = best_of_block(best[r], candidates);
-
-  // Phase 3, inner product: the lowest code whose exp(score - best) is 1 in fp32.
-  if (inner_product) {
-    int lowest[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) lowest[r] = best[r].code;
-    for (int code = threadIdx.x; code < k; code += kThreads) {
-      float dot[kRows];
-      products(rows, codebook + static_cast<int64_t>(code) * d, d, dot);
-#pragma unroll
-      for (int r = 0; r < kRows; ++r)
-        if (__fsub_rn(best[r].score, dot[r]) <= 0x1p-25f && code < lowest[r]) lowest[r] = code;
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) best[r] = best_of_block({0.0f, lowest[r]}, candidates);
-  }
-
-  // Phase 4: write.
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    if (r >= used) break;
-    if (threadIdx.x == 0) indices[first_row + r] = best[r].code;
-    for (int i = threadIdx.x; i < d; i += kThreads)
-      quantized[(first_row + r) * d + i] = codebook[static_cast<int64_t>(best[r].code) * d + i];
-  }
+template <int kSteps>
+void run_tensor(const Problem& p, int terms, char* workspace, void* stream) {
+  using At = tensor::Shape<kSteps>;
+  const Parts at = parts<kSteps>(p.n, p.k);
+  const int count = (p.k + At::codes - 1) / At::codes;
+  const tensor::Packed packed{reinterpret_cast<bfloat16*>(workspace), reinterpret_cast<float*>(workspace + at.tiles),
+                              count, terms};
+  const tensor::Open open{reinterpret_cast<std::int64_t*>(workspace + at.norms),
+                          reinterpret_cast<int*>(workspace + at.rows)};
+  launch("codebook_quantize", {static_cast<unsigned>(count), At::pack_threads, 0, stream}, tensor::pack_kernel<kSteps>,
+         p, packed, open);
+  const auto blocks = static_cast<unsigned>((p.n + tensor::kBlockRows - 1) / tensor::kBlockRows);
+  launch("codebook_quantize", {blocks, tensor::kThreads, At::shared_bytes, stream}, tensor::propose_kernel<kSteps>, p,
+         packed, open);
+  const auto most = static_cast<unsigned>((p.n + exact::kRows - 1) / exact::kRows);
+  run_exact(p, most < kOpenBlocks ? most : kOpenBlocks, open.rows, open.count, stream);
 }
 
 }  // namespace
 
-void codebook_quantize(const float* z, const float* z2, const float* codebook, const float* e2, int64_t n, int64_t k,
-                       int64_t d, int metric, int64_t* indices, float* quantized, void* stream) {
+std::size_t codebook_quantize_workspace(std::int64_t n, std::int64_t k, std::int64_t d, int metric) {
+  switch (plan(d, metric == 1).steps) {
+    case 2:
+      return parts<2>(n, k).total;
+    case 16:
+      return parts<16>(n, k).total;
+    default:
+      return 0;
+  }
+}
+
+void codebook_quantize(const float* z, const float* z2, const float* codebook, const float* e2, std::int64_t n,
+                       std::int64_t k, std::int64_t d, int metric, std::int64_t* indices, float* quantized,
+                       void* workspace, void* stream) {
   if (n == 0) return;
-  const int64_t blocks = (n + kRows - 1) / kRows;
-  const size_t shared = static_cast<size_t>(kRows * d) * sizeof(float);  // 16 KiB at d = 512
-  launch("codebook_quantize", {static_cast<unsigned>(blocks), kThreads, shared, stream}, quantize_kernel, z, z2,
-         codebook, e2, n, static_cast<int>(k), static_cast<int>(d), metric == 1, indices, quantized);
+  const Plan chosen = plan(d, metric == 1);
+  const std::int64_t blocks = (n + exact::kRows - 1) / exact::kRows;
+  if (blocks > kMostBlocks) throw std::invalid_argument("codebook_quantize: too many vectors for one call");
+  const Problem p{z, z2, codebook, e2, n, static_cast<int>(k), static_cast<int>(d), metric == 1, indices, quantized};
+  char* memory = static_cast<char*>(workspace);
+  switch (chosen.steps) {
+    case 2:
+      return run_tensor<2>(p, chosen.terms, memory, stream);
+    case 16:
+      return run_tensor<16>(p, chosen.terms, memory, stream);
+    default:
+      return run_exact(p, static_cast<unsigned>(blocks), nullptr, nullptr, stream);
+  }
 }
 
 }  // namespace gear::cuda

@@ -35,12 +35,22 @@ struct Launch {
 
 #ifdef GEAR_EMULATE_CUDA
 
+inline int shared_memory_limit() { return 99 * 1024; }  // of the smallest GPU since sm_80
+
 template <class... Parameters, class... Arguments>
 void launch(const char* name, const Launch& at, void (*kernel)(Parameters...), Arguments&&... arguments) {
   emulation::run(at.grid, at.block, at.shared, name, [&] { kernel(static_cast<Parameters>(arguments)...); });
 }
 
 #else
+
+// Bytes of shared memory that a block can have.
+inline int shared_memory_limit() {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  return bytes;
+}
 
 inline bool has_dependent_launch() {
   int device = 0, major = 0;

@@ -5,6 +5,7 @@ Importing this package fills the registry of :mod:`gear_engine.ops.backends` wit
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -95,4 +96,7 @@ class GeneratorOps:
             chosen[op] = implementation.backend
         if chosen["skinny_linear"] == chosen["decode_attention"] == "cpu":
             found["decode_step"] = backends.resolve("decode_step", device, dtype, "cpu").load()
+        if chosen["skinny_linear"] == "cuda":
+            # What runs before a layer in an engine's stream writes its input, never its weights.
+            found["skinny_linear"] = functools.partial(found["skinny_linear"], overlap=True)
         return cls(**found, backends=chosen)

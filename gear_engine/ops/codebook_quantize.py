@@ -142,16 +142,19 @@ def _cpu(z: torch.Tensor, codebook: torch.Tensor, metric: Metric) -> tuple[torch
 
 def _cuda(z: torch.Tensor, codebook: torch.Tensor, metric: Metric) -> tuple[torch.Tensor, torch.Tensor]:
     z, z_norm, codebook, code_norm, indices, quantized = _operands(z, codebook, metric)
+    problem = (z.shape[0], codebook.shape[0], z.shape[1], int(metric == "inner_product"))
     with native.cuda_kernels(z.device) as (kernels, stream):
+        scratch = kernels.codebook_quantize_workspace_cuda(*problem)
+        workspace = torch.empty(scratch, dtype=torch.uint8, device=z.device)
         kernels.codebook_quantize_cuda(
             z.data_ptr(),
             z_norm.data_ptr(),
             codebook.data_ptr(),
             code_norm.data_ptr(),
-            *(z.shape[0], codebook.shape[0], z.shape[1]),
-            int(metric == "inner_product"),
+            *problem,
             indices.data_ptr(),
             quantized.data_ptr(),
+            workspace.data_ptr(),
             stream,
         )
     return indices, quantized

@@ -60,6 +60,17 @@ def _cpu(z: torch.Tensor, groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     return indices, quantized
 
 
+def _cuda(z: torch.Tensor, groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    n, d = z.shape
+    indices = torch.empty(n, groups, dtype=torch.int64, device=z.device)
+    quantized = torch.empty(n, d, device=z.device)
+    with native.cuda_kernels(z.device) as (kernels, stream):
+        kernels.sign_bits_cuda(
+            z.data_ptr(), *z.stride(), n, d, groups, indices.data_ptr(), quantized.data_ptr(), stream
+        )
+    return indices, quantized
+
+
 backends.register("sign_bits", "reference", lambda: reference)
 backends.register(
     "sign_bits",
@@ -68,4 +79,12 @@ backends.register(
     devices=frozenset({"cpu"}),
     dtypes=frozenset({torch.float32}),
     unavailable=lambda: native.unavailable("sign_bits_cpu"),
+)
+backends.register(
+    "sign_bits",
+    "cuda",
+    lambda: _cuda,
+    devices=frozenset({"cuda"}),
+    dtypes=frozenset({torch.float32}),
+    unavailable=lambda: native.unavailable("sign_bits_cuda"),
 )

@@ -16,13 +16,12 @@ row. Products are summed in fp32 (exactly, in int32, for int8); the reference ro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 
+from gear_engine.errors import ConfigError
 from gear_engine.ops import backends, native, triton_backend
+from gear_engine.ops.packed_weight import PackedWeight, PackKind, Weight, pack, packed_nbytes, unpack
 
 __all__ = [
     "PackKind",
@@ -36,91 +35,6 @@ __all__ = [
     "unpack",
     "weight_operands",
 ]
-
-PackKind = Literal["bf16", "int8"]
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """A linear weight in the layout that the compiled kernels read; made by :func:`pack`.
-
-    Attributes:
-        kind: ``"bf16"`` or ``"int8"``.
-        data: the packed numbers (panels, lines, 16, values per line), as ``csrc/common/packing.h`` lays them out.
-        scales: fp32 (out_features,) for ``"int8"``: weight = data * scale; None for ``"bf16"``.
-        out_features, in_features: the weight's shape.
-    """
-
-    kind: PackKind
-    data: torch.Tensor
-    scales: torch.Tensor | None
-    out_features: int
-    in_features: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.data.nbytes + (self.scales.nbytes if self.scales is not None else 0)
-
-
-#: What a linear layer multiplies by: a tensor (out_features, in_features) or a packed one.
-Weight = torch.Tensor | PackedWeight
-
-
-#: Rows that are packed at once, a multiple of a panel's 16: packing needs little memory beside its result.
-_PACK_ROWS = 256
-
-
-def pack(weight: torch.Tensor, kind: PackKind) -> PackedWeight:
-    """Packs a weight (out, in). ``"int8"`` rounds to nearest with scale = max|row| / 127.
-
-    Raises:
-        ValueError: the weight is not a matrix or the kind is unknown.
-    """
-    if weight.dim() != 2:
-        raise ValueError(f"a linear weight is a matrix, not {tuple(weight.shape)}")
-    if kind not in ("bf16", "int8"):
-        raise ValueError(f"a weight packs as 'bf16' or 'int8', not {kind!r}")
-    out_features, in_features = weight.shape
-    dtype = torch.bfloat16 if kind == "bf16" else torch.int8
-    per_line = 4 // dtype.itemsize  # a line holds 4 bytes for each of 16 columns
-    lines = -(-in_features // (16 * per_line)) * 16
-    data = torch.empty(-(-out_features // 16), lines, 16, per_line, dtype=dtype, device=weight.device)
-    scales = torch.empty(out_features, device=weight.device) if kind == "int8" else None
-    scratch = torch.empty(_PACK_ROWS if kind == "int8" else 0, in_features, device=weight.device)
-    for first in range(0, out_features, _PACK_ROWS):
-        rows = weight.detach()[first : first + _PACK_ROWS]
-        if scales is not None:
-            scale = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).float() / 127
-            scales[first : first + _PACK_ROWS] = scale
-            safe = torch.where(scale > 0, scale, 1.0)
-            rows = torch.div(rows, safe[:, None], out=scratch[: len(rows)]).round_().clamp_(-127, 127)
-        panels = _to_panels(rows.to(dtype))
-        data[first // 16 : first // 16 + len(panels)] = panels
-    return PackedWeight(kind, data, scales, out_features, in_features)
-
-
-def packed_nbytes(out_features: int, in_features: int, kind: PackKind) -> int:
-    """Bytes of what :func:`pack` returns: whole panels of 16 columns and lines of 16 x 4 bytes, and the scales."""
-    width = 1 if kind == "int8" else 2
-    columns = -(-out_features // 16) * 16
-    inputs = -(-in_features // (64 // width)) * (64 // width)
-    return columns * inputs * width + (4 * out_features if kind == "int8" else 0)
-
-
-def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The matrix (out, in) that a packed weight stands for."""
-    panels, lines, columns, per_line = packed.data.shape
-    rows = packed.data.permute(0, 2, 1, 3).reshape(panels * columns, lines * per_line)
-    rows = rows[: packed.out_features, : packed.in_features]
-    return rows.to(dtype) if packed.scales is None else (rows.float() * packed.scales[:, None]).to(dtype)
-
-
-def _to_panels(matrix: torch.Tensor) -> torch.Tensor:
-    """(out, in) -> (panels, lines, 16, values per line), zero-padded: the layout of ``csrc/common/packing.h``."""
-    per_line = 4 // matrix.element_size()
-    out_features, in_features = matrix.shape
-    padded = F.pad(matrix, (0, -in_features % (16 * per_line), 0, -out_features % 16))
-    return padded.view(padded.shape[0] // 16, 16, -1, per_line).permute(0, 2, 1, 3)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
@@ -217,6 +131,10 @@ def weight_operands(weight: Weight, dtype: torch.dtype) -> tuple[int, int, int]:
     return _DTYPES[dtype], weight.data_ptr(), 0
 
 
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _cpu(
     x: torch.Tensor,
     weight: Weight,
@@ -241,10 +159,52 @@ def _cpu(
     norm_weight = None if norm_weight is None else norm_weight.contiguous()
     residual = None if residual is None else residual.contiguous()
     native.cpu_kernels().skinny_linear_cpu(
-        x.data_ptr(), _DTYPES[x.dtype], x.shape[0], in_features, out_features,
-        0 if norm_weight is None else norm_weight.data_ptr(), norm_eps, kind, data, scales, gate_data, gate_scales,
-        0 if residual is None else residual.data_ptr(), out.data_ptr(),
+        x.data_ptr(), _DTYPES[x.dtype], x.shape[0], in_features, out_features, _address(norm_weight), norm_eps, kind,
+        data, scales, gate_data, gate_scales, _address(residual), out.data_ptr(),
     )  # fmt: skip
+    return out
+
+
+_CUDA_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _cuda(
+    x: torch.Tensor,
+    weight: Weight,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 1e-5,
+    gate: Weight | None = None,
+    residual: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    overlap: bool = False,
+) -> torch.Tensor:
+    """Compiled. A row's bits depend on that row and the weights only, whatever the batch.
+
+    ``overlap``: the call may fetch weights while the kernel before it in the stream is still running; the caller
+    vouches that this kernel does not write them.
+
+    Raises:
+        ConfigError: a weight is packed.
+        ValueError: a weight is not contiguous.
+    """
+    if isinstance(weight, PackedWeight) or isinstance(gate, PackedWeight):
+        raise ConfigError("packed weights are for the CPU: CUDA kernels read the weights in place")
+    if not weight.is_contiguous() or not (gate is None or gate.is_contiguous()):
+        raise ValueError("weights must be contiguous; make them so once, outside the loop")
+    x, (out_features, in_features), rows = x.contiguous(), weight.shape, x.shape[0]
+    norm_weight = None if norm_weight is None else norm_weight.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    out = x.new_empty(rows, out_features, dtype=out_dtype or x.dtype)
+    dtype, has_norm = _CUDA_DTYPES[x.dtype], norm_weight is not None
+    with native.cuda_kernels(x.device) as (kernels, stream):
+        scratch = kernels.skinny_linear_workspace_cuda(dtype, rows, in_features, has_norm)
+        workspace = torch.empty(scratch, dtype=torch.uint8, device=x.device)
+        kernels.skinny_linear_cuda(
+            x.data_ptr(), dtype, rows, in_features, out_features, _address(norm_weight), norm_eps, weight.data_ptr(),
+            _address(gate), _address(residual), out.data_ptr(), out.dtype == torch.float32, workspace.data_ptr(),
+            overlap, stream,
+        )  # fmt: skip
     return out
 
 
@@ -257,4 +217,12 @@ backends.register(
     devices=frozenset({"cpu"}),
     dtypes=frozenset(_DTYPES),
     unavailable=lambda: native.unavailable("skinny_linear_cpu"),
+)
+backends.register(
+    "skinny_linear",
+    "cuda",
+    lambda: _cuda,
+    devices=frozenset({"cuda"}),
+    dtypes=frozenset(_CUDA_DTYPES),
+    unavailable=lambda: native.unavailable("skinny_linear_cuda"),
 )
