@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Torch is installed first and by exact version: a range would fetch whatever is newest, with its CUDA packages.
 TORCH ?= torch==2.13.0
-# The suite is built for two CUDA architectures, which tests/test_cuda_build.py looks at; GEAR_CUDA_ARCHS=release builds all that a wheel ships.
+# The suite is built for two CUDA architectures, which tests/test_cuda_build.py looks at; GEAR_CUDA_ARCHS=release builds
+# all that a wheel ships.
 export GEAR_CUDA ?= AUTO
 export GEAR_CUDA_ARCHS ?= 80;90a-real
 export GEAR_WERROR ?= ON
