@@ -8,9 +8,10 @@ text-to-image generator of 1B width at few layers. ``tokenizers``: every publish
 in a process of its own, both seed after building; times are wall clock and processor time, memory is the process's
 peak resident size.
 
-Equal means: floats max|a - b| / max|b| <= 1e-5, soft read-outs 1e-4; tokens equal, where a first difference
-counts as a tie only if the official scores log p - log q of the two tokens lie within 1e-4 (times cfg / 4 above 4);
-pixels within 1 of 255.
+Equal means: floats max|a - b| / max|b| <= 1e-5, soft read-outs 1e-4; decoded images likewise, or within 1e-5 of the
+official code in float64 and no farther from it than the official code in fp32 is; tokens equal, where a first
+difference counts as a tie only if the official scores log p - log q of the two tokens lie within 1e-4 (times cfg / 4
+above 4); pixels within 1 of 255.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from gear_engine.bench.comparison import (
     FLOAT_TOLERANCE,
     READOUT_TOLERANCE,
     compare_tokens,
+    decoder_agrees,
+    relative_error,
     report,
     run_child,
     run_driver,
@@ -195,14 +198,24 @@ def compare_tokenizer(options: argparse.Namespace, folder: Path, name: str) -> d
     }
     official, official_child = run_driver("official", job, folder, name)
     ours, ours_child = run_driver("engine", {**job, "official": str(folder / f"{name}.official.npz")}, folder, name)
+    exact, _ = run_driver(
+        "official", {**job, "exact_of": str(folder / f"{name}.official.npz")}, folder, f"{name}_exact"
+    )
     errors = tokenizer_errors(official, ours)
-    within = all(e <= (READOUT_TOLERANCE if key == "soft_readout" else FLOAT_TOLERANCE) for key, e in errors.items())
+    from_float64 = {
+        key: relative_error(arrays["decoded"], exact["decoded"])
+        for key, arrays in (("ours", ours), ("official", official))
+    }
+    limits = {"quant": FLOAT_TOLERANCE, "distance_rows": FLOAT_TOLERANCE, "soft_readout": READOUT_TOLERANCE}
+    within = all(errors[key] <= limit for key, limit in limits.items())
+    within = within and decoder_agrees(errors["decoded"], from_float64)
     other = (ours["indices"].reshape(-1) != official["indices"].reshape(-1)).sum()
     gap = float(ours["index_gap"].max())
     return {
         "task": f"tokenizer {name}, 256 px",
         "indices": {"count": int(official["indices"].size), "other": int(other), "largest_gap": gap},
         "errors": errors,
+        "decoded_from_float64": from_float64,
         "official": side(official, official_child),
         "ours": side(ours, ours_child),
         "ok": within and gap <= FLOAT_TOLERANCE,

@@ -140,11 +140,19 @@ def _conditions(job: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
 
 
 def _run_tokenizer(job: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Encode, read distances and decode one batch of images; with ``write_checkpoint`` also store the weights."""
+    """Encode, read distances and decode one batch of images; with ``write_checkpoint`` also store the weights.
+
+    With ``exact_of`` only decode the codes of that earlier result, in float64.
+    """
     torch.manual_seed(int(job["seed"]))
     tokenizer = _build_tokenizer(job["tokenizer"], job.get("tokenizer_fields", {}))
     if job.get("write_checkpoint"):
         torch.save({"model": tokenizer.state_dict()}, job["checkpoint"])
+    if job.get("exact_of"):
+        with np.load(job["exact_of"]) as stored:
+            codes, shape = torch.from_numpy(stored["indices"]), list(stored["quant"].shape)
+        decoded = tokenizer.double().decode_code(codes, shape)  # type: ignore[operator]
+        return {"decoded": decoded.numpy()}
     images = torch.from_numpy(np.load(job["images"]))
     start = _clocks()
     quant, _, info, distances = tokenizer.encode(images, return_distance=True)  # type: ignore[operator]
@@ -166,7 +174,8 @@ def _run_tokenizer(job: dict[str, Any]) -> dict[str, np.ndarray]:
 def main() -> None:
     """Job fields: checkout, task (class, text, tokenizer), checkpoint, out (.npz), seed, threads; for sampling model,
     sampling, tokenizer (name or null), code_dim, count, batch, captions, other_tokens (.npz whose ``tokens`` are scored
-    against); for tokenizers tokenizer, images (.npy), write_checkpoint."""
+    against); for tokenizers tokenizer, images (.npy), write_checkpoint, exact_of (.npz of an
+    earlier run, whose codes are decoded in float64)."""
     job = json.loads(Path(sys.argv[1]).read_text())
     sys.path.insert(0, job["checkout"])
     torch.set_grad_enabled(False)

@@ -89,3 +89,17 @@ def test_children_are_measured_and_failures_are_shown(tmp_path: Path) -> None:
     assert child.cpu_seconds > 0
     with pytest.raises(SystemExit, match="what went wrong"):
         comparison.run_child([sys.executable, "-c", "raise ValueError('what went wrong')"], tmp_path / "log")
+
+
+@pytest.mark.parametrize(
+    ("error", "ours", "official", "agrees"),
+    [
+        (9e-6, 2e-5, 1e-6, True),
+        (1.9e-5, 5e-6, 1.7e-5, True),
+        (1.9e-5, 1.2e-5, 1.7e-5, False),
+        (1.1e-5, 8e-6, 4e-6, False),
+        (float("nan"), 5e-6, float("nan"), False),
+    ],
+)
+def test_decoded_images_agree_with_either_precision(error: float, ours: float, official: float, agrees: bool) -> None:
+    assert comparison.decoder_agrees(error, {"ours": ours, "official": official}) == agrees

@@ -34,7 +34,7 @@ def _exact(source: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 #: tile -> largest error that is accepted, relative to the largest sum of magnitudes
-BOUNDS = {0: 5e-7, 2: 5e-7, 4: 2e-6}
+BOUNDS = {0: 5e-7, 2: 5e-7, 4: 1e-6}
 CASES = [(*shape, tile) for tile in BOUNDS for shape in SHAPES if tile == 0 or shape[4] == 3]
 CASES += [(9, 11, 150, 40, 3, 1, 2), (9, 11, 150, 40, 3, 1, 4), (5, 6, 16, 33, 3, 0, 2), (5, 6, 16, 33, 3, 0, 4)]
 
@@ -56,7 +56,7 @@ def test_equals_a_float64_convolution(
         assert float((out - expected).abs().max() / magnitude) <= BOUNDS[tile]
 
 
-@pytest.mark.parametrize(("tile", "bound"), [(0, 4e-7), (2, 4e-7), (4, 2e-6)])
+@pytest.mark.parametrize(("tile", "bound"), [(0, 4e-7), (2, 4e-7), (4, 1.3e-6)])
 def test_long_sums_lose_little(isa: str, tile: int, bound: float) -> None:
     """4608 products added one after another would be off by about 1.2e-6 (root mean square)."""
     generator = torch.Generator().manual_seed(0)
