@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PYTEST_ARGS ?=
 
-.PHONY: all install build demo test pytest lint format bench report sanitize tsan gpu-test gpu-peers clean
+.PHONY: all install build demo shapes test pytest lint format bench report sanitize tsan gpu-test gpu-peers clean
 all: test
 
 # Makes the environment, and brings it up to date when the metadata changed.
@@ -36,6 +36,18 @@ $(VENV)/.built: $(INSTALLED) CMakeLists.txt $(SOURCES)
 
 demo: build
 	$(BIN)/gear-engine demo
+
+# Trains the shipped model again, from the rendered images on; killed, it goes on. See docs/shapes.md.
+SHAPES := runs/shapes
+shapes: build
+	mkdir -p $(SHAPES)
+	$(PY) -m gear_engine.training.scenes $(SHAPES)/scenes-32.npz --count 2048 --seed 11 --size 32
+	$(PY) -m gear_engine.training.scenes $(SHAPES)/scenes-64.npz --count 8192 --seed 12
+	for stage in 0-small 1-tokenizer 2-joint 3-generator; do \
+		$(BIN)/gear-engine train --resume --config gear_engine/training/configs/shapes-$$stage.toml || exit 1; done
+	$(BIN)/gear-engine convert $(SHAPES)/3-generator/checkpoints/0001200.pt gear_engine/pretrained/shapes --force \
+		--tokenizer $(SHAPES)/2-joint/checkpoints/0000200.pt
+	$(PY) -m gear_engine.bench.shapes
 
 test: lint pytest
 

@@ -76,6 +76,7 @@ setup(
     package_data={
         "gear_engine": ["py.typed", "*.pyi"],
         "gear_engine.report": ["*.json", "*.html", "*.j2"],
+        "gear_engine.pretrained": ["shapes/*"],
         "gear_engine.training": ["configs/*.toml"],
     },
     ext_modules=[Extension("gear_engine._C", sources=[])],

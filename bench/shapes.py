@@ -1,5 +1,6 @@
 """The figures of a model of shapes: samples and reconstructions, judged.
 
+    python -m gear_engine.bench.shapes            # the shipped one
     python -m gear_engine.bench.shapes FOLDER
 
 FOLDER is what ``gear-engine convert`` writes; docs/shapes.md says how to train one. A classifier is trained here on
@@ -16,6 +17,7 @@ from typing import Any
 
 from gear_engine.checkpoint import load_generator, load_tokenizer
 from gear_engine.files import write_atomic
+from gear_engine.pretrained import SHAPES
 from gear_engine.training.evaluation import Evaluation, as_record
 
 __all__ = ["figures", "main"]
@@ -64,7 +66,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="folder of a generator and its tokenizer")
+    parser.add_argument("model", type=Path, nargs="?", default=SHAPES, help="folder (default: the shipped model)")
     parser.add_argument("--count", type=int, default=1024, help="samples and reconstructions (%(default)s)")
     parser.add_argument("--cfg-scale", type=float, default=2.0, help="guidance (%(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the figures as JSON")

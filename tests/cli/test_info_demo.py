@@ -24,14 +24,15 @@ def test_info_shows_versions_devices_and_every_op(capsys: pytest.CaptureFixture[
         assert any(line.split()[:2] == [op, backend] and status in line for line in shown.splitlines()), op
 
 
-def test_demo_writes_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--output-dir", str(tmp_path / "out"), "--images", "2"]) == 0
+@pytest.mark.parametrize(("model", "edge"), [("shapes", 64), ("random", 128)])
+def test_demo_writes_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, edge: int) -> None:
+    assert main(["demo", "--output-dir", str(tmp_path / "out"), "--images", "2", "--model", model]) == 0
     shown = capsys.readouterr().out
     path = tmp_path / "out" / "samples.png"
     assert str(path) in shown
     assert shown.count("images/s") == 2
     with Image.open(path) as picture:
-        assert picture.width > 2 * 128
+        assert 2 * edge < picture.width < 3 * edge
         assert len(picture.getcolors(2**20) or []) > 1000
 
 
