@@ -37,7 +37,7 @@ $(VENV)/.built: $(INSTALLED) CMakeLists.txt $(SOURCES)
 demo: build
 	$(BIN)/gear-engine demo
 
-# Trains the shipped model again, from the rendered images on; killed, it goes on. See docs/shapes.md.
+# Trains the shipped model again in runs/shapes/model, from the rendered images on; killed, it goes on. See docs/shapes.md.
 SHAPES := runs/shapes
 shapes: build
 	mkdir -p $(SHAPES)
@@ -45,9 +45,9 @@ shapes: build
 	$(PY) -m gear_engine.training.scenes $(SHAPES)/scenes-64.npz --count 8192 --seed 12
 	for stage in 0-small 1-tokenizer 2-joint 3-generator; do \
 		$(BIN)/gear-engine train --resume --config gear_engine/training/configs/shapes-$$stage.toml || exit 1; done
-	$(BIN)/gear-engine convert $(SHAPES)/3-generator/checkpoints/0001200.pt gear_engine/pretrained/shapes --force \
+	$(BIN)/gear-engine convert $(SHAPES)/3-generator/checkpoints/0003600.pt $(SHAPES)/model --force \
 		--tokenizer $(SHAPES)/2-joint/checkpoints/0000200.pt
-	$(PY) -m gear_engine.bench.shapes
+	$(PY) -m gear_engine.bench.shapes $(SHAPES)/model
 
 test: lint pytest
 

@@ -1,6 +1,6 @@
 """Models that ship with the package, as folders that :meth:`gear_engine.Pipeline.from_pretrained` opens.
 
-``shapes``: scenes of shapes at 64 px in 8 classes; its ``README.md`` is the model card, its TOML files the recipe.
+``shapes``: scenes of shapes at 64 px in 8 classes; its ``README.md`` is the model card.
 """
 
 from __future__ import annotations
