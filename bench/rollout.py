@@ -163,7 +163,7 @@ def share_outside(engine: Engine, labels: list[int], tokens: int) -> float:
 
 
 @torch.inference_mode()
-def guided_logits(engine: Engine, labels: list[int], drawn: torch.Tensor) -> torch.Tensor:
+def guided_logits(engine: Engine, labels: list[int], drawn: torch.Tensor, cfg_scale: float = CFG_SCALE) -> torch.Tensor:
     """fp32 (T, B, V): guided logits along the given tokens (B, T)."""
     images = len(labels)
     slots = torch.arange(2 * images)
@@ -171,7 +171,7 @@ def guided_logits(engine: Engine, labels: list[int], drawn: torch.Tensor) -> tor
     steps = []
     for position in range(drawn.shape[1]):
         cond, uncond = logits.chunk(2)
-        steps.append(uncond + (cond - uncond) * CFG_SCALE)
+        steps.append(uncond + (cond - uncond) * cfg_scale)
         fed = drawn[:, position].long().repeat(2)
         where = torch.full((2 * images,), position)
         logits = decode_step(engine.weights, engine.ops, engine.cache, slots, where, fed, first_slot=0)

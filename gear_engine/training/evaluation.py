@@ -9,6 +9,7 @@ import torch
 
 from gear_engine.metrics import codebook_usage, frechet_distance, psnr
 from gear_engine.models.transformer import Transformer
+from gear_engine.ops.skinny_linear import PackKind
 from gear_engine.pipeline import Pipeline
 from gear_engine.tokenizers import Tokenizer, to_uint8
 from gear_engine.training.judge import Judge, accuracy, train_judge
@@ -96,11 +97,24 @@ class Evaluation:
 
     @torch.no_grad()
     def samples(
-        self, generator: Transformer, tokenizer: Tokenizer, *, count: int, cfg_scale: float, seed: int = 0
+        self,
+        generator: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        count: int,
+        cfg_scale: float,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        weight_format: PackKind | None = None,
     ) -> SampleQuality:
-        """Draws ``count`` images, the classes in turn; image i has the random stream ``seed * count + i``."""
+        """Draws ``count`` images, the classes in turn; image i has the random stream ``seed * count + i``.
+
+        ``dtype`` and ``weight_format`` are those of :class:`gear_engine.Pipeline`.
+        """
         labels = torch.arange(count) % len(CLASS_NAMES)
-        pipe = Pipeline(generator, tokenizer, max_images=_BLOCK, decode_batch=_BLOCK)
+        pipe = Pipeline(
+            generator, tokenizer, dtype=dtype, weight_format=weight_format, max_images=_BLOCK, decode_batch=_BLOCK
+        )
         pipe.set_progress_bar_config(disable=True)
         seeds = range(seed * count, (seed + 1) * count)
         out = pipe(class_labels=labels, guidance_scale=cfg_scale, seeds=list(seeds), output_type="pt")
