@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from gear_engine.ops import GeneratorOps
@@ -112,14 +113,22 @@ class FiniteWatch:
 
     def __init__(self, device: torch.device) -> None:
         self._sum = torch.zeros((), device=device)
+        self._host_sum = 0.0
 
     def see(self, logits: torch.Tensor, live: torch.Tensor | None = None) -> None:
         """Takes in one step's logits (R, V); only the rows that are ``live`` (bool (R,)), if that is given."""
+        if live is None and logits.device.type == "cpu":
+            # numpy's sum starts no threads. Those of torch's would go on spinning for milliseconds and take the cores
+            # from the next step, whose kernels have threads of their own.
+            with np.errstate(invalid="ignore", over="ignore"):
+                self._host_sum += float(np.add.reduce(logits.numpy(), axis=None))
+            return
         self._sum.add_(logits.sum() if live is None else logits.sum(dim=1).masked_fill(~live, 0.0).sum())
 
     def broken(self) -> bool:
         """Whether a number seen since :meth:`clear` was not finite; waits for the device."""
-        return not math.isfinite(self._sum.item())
+        return not math.isfinite(self._host_sum) or not math.isfinite(self._sum.item())
 
     def clear(self) -> None:
         self._sum.zero_()
+        self._host_sum = 0.0

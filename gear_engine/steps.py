@@ -64,7 +64,7 @@ class Steps:
         rows = self._row_tensors(batch, noise)
         rows.noise.begin(rows.table, self.config.vocab_size, self.device)
         logits = self._prefix_logits(weights, batch, rows)
-        self._draw(rows, logits, torch.zeros_like(rows.cond_slots))
+        self._draw(rows, logits, torch.zeros_like(rows.cond_slots), 0)
 
     def decode(self, weights: GeneratorWeights, batch: ScheduledBatch, noise: Noise | None, limit: int) -> int:
         """The next token of every image of ``batch``; returns the number of steps made, at most ``limit``."""
@@ -72,17 +72,24 @@ class Steps:
         rows.noise.begin(rows.table, self.config.vocab_size, self.device)
         positions = rows.positions(batch)  # [R], of the tokens to be drawn
         fed = positions - 1
+        position = batch.images[0].drawn if rows.in_step else None
+        # One column of the table is read and written several times faster than single entries of it.
+        tokens = (
+            self.tokens[rows.images, fed]
+            if position is None
+            else self.tokens[:, position - 1].index_select(0, rows.images)
+        )
         logits = decode_step(
             weights,
             self.ops,
             self.cache,
             rows.slots,
             fed,
-            self.tokens[rows.images, fed],
+            tokens,
             first_slot=rows.first_slot,
-            position=batch.images[0].drawn - 1 if rows.in_step else None,
+            position=None if position is None else position - 1,
         )
-        self._draw(rows, logits, positions[: len(batch.images)])
+        self._draw(rows, logits, positions[: len(batch.images)], position)
         return 1
 
     def _row_tensors(self, batch: ScheduledBatch, noise: Noise | None) -> RowTensors:
@@ -100,9 +107,13 @@ class Steps:
         self.cache.write_prefix(rows.slots, state.values, state.bias)
         return state.logits
 
-    def _draw(self, rows: RowTensors, logits: torch.Tensor, positions: torch.Tensor) -> None:
-        """Draws and keeps the tokens at ``positions`` (B,)."""
-        self.tokens[rows.cond_slots, positions] = rows.noise.sample(self.ops, logits, rows.table, positions)
+    def _draw(self, rows: RowTensors, logits: torch.Tensor, positions: torch.Tensor, position: int | None) -> None:
+        """Draws and keeps the tokens at ``positions`` (B,), or all at ``position`` if that is one number."""
+        drawn = rows.noise.sample(self.ops, logits, rows.table, positions)
+        if position is None:
+            self.tokens[rows.cond_slots, positions] = drawn
+        else:
+            self.tokens[:, position].index_copy_(0, rows.cond_slots, drawn)
         self.watch.see(logits)
 
 
