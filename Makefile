@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 export GEAR_CUDA ?= AUTO
 export GEAR_CUDA_ARCHS ?= 80;90a-real
 export GEAR_WERROR ?= ON
+# tests/test_cuda_build.py runs it: without a GPU up to the point where it says so.
+export GEAR_GPU_SMOKE ?= ON
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -98,7 +100,7 @@ tsan: install
 gpu-test:
 	$(PYTHON) bench/gpu_test.py $(GPU_TEST_ARGS)
 gpu-peers:
-	$(PYTHON) bench/gpu_test.py peers $(GPU_TEST_ARGS)
+	$(PYTHON) bench/gpu_test.py peers-xl peers-b $(GPU_TEST_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info gear_engine/_C.*.so $(VENV)/.built

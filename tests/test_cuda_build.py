@@ -7,10 +7,13 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
+from gear_engine.bench.gpu_stages import PROFILED
 from gear_engine.ops import native
 from tests import emulation
 
@@ -70,6 +73,28 @@ def test_every_kernel_is_compiled_and_spills_little() -> None:
         if use["STACK"] > max((n for part, n in STACK_BYTES.items() if part in place[1]), default=0) or use["LOCAL"] > 0
     }
     assert not too_much, "\n".join(f"{arch} {kernel}: {use}" for (arch, kernel), use in too_much.items())
+
+
+def test_the_profiled_names_are_kernels() -> None:
+    """``make gpu-test`` looks for them in what the profiler prints."""
+    mangled = "\n".join({kernel for _, kernel in _resources()})
+    names = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert [op for op, pattern in PROFILED.items() if not re.search(pattern, names)] == []
+
+
+def test_the_driver_for_a_gpu_runs_or_says_that_there_is_none() -> None:
+    """What ``make gpu-test`` gives to compute-sanitizer is linked, and starts."""
+    tag = sysconfig.get_config_var("EXT_SUFFIX").strip(".").removesuffix(".so")
+    program = emulation.ROOT / "build" / f"cmake-{tag}" / "gpu_smoke"
+    if not native.module().build_info()["cuda"] or not program.is_file():
+        _missing("gpu_smoke was not built: no CUDA compiler was found, or GEAR_GPU_SMOKE is not ON")
+    done = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    if torch.cuda.is_available():
+        assert done.returncode == 0, done.stderr
+        assert {f"ok {op}" for op in emulation.OPS} <= set(done.stdout.splitlines())
+    else:
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("no CUDA device: ")
 
 
 @pytest.mark.parametrize("op", emulation.OPS)

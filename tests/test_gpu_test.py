@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import json
 import os
 import stat
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from gear_engine.bench import gpu_rollout, gpu_test
-from gear_engine.bench.gpu_test import Command, Machine, Stage, main, plan, run_stage
+from gear_engine.bench import gpu_rollout, gpu_stages, gpu_test, registry
+from gear_engine.bench.gpu_stages import Command, Machine, Stage, plan
+from gear_engine.bench.gpu_test import main, run_stage
 from gear_engine.bench.timing import Ceilings
+from gear_engine.cli.main import build_parser
 
 
 def _tool(folder: Path, name: str, script: str) -> None:
@@ -26,15 +32,18 @@ def _tool(folder: Path, name: str, script: str) -> None:
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Machine:
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A machine with a GPU and every tool; none of them does anything."""
     folder = tmp_path / "bin"
     folder.mkdir()
     _tool(folder, "nvidia-smi", 'echo "Made-up GPU, 9.0"')
-    for name in ("nvcc", "cmake", "ninja", "ncu", "compute-sanitizer"):
+    for name in ("nvcc", "cmake", "ninja", "compute-sanitizer"):
         _tool(folder, name, f'echo "{name} $@"')
-    # The question for modules gets no answer: none is missing.
+    # The question for modules gets no answer: none is missing. The profiler finds all kernels in what it echoes.
     _tool(folder, "python3", 'test "$1" = -c || echo "python3 $@"')
+    _tool(folder, "ncu", f'echo "ncu $@ {" ".join(gpu_stages.PROFILED.values())}"')
+    _tool(folder, "gpu_smoke", "echo ok")
+    monkeypatch.setattr(gpu_stages, "_PROGRAM", folder / "gpu_smoke")
 
     def which(name: str) -> str | None:
         path = folder / name
@@ -52,10 +61,10 @@ def test_without_a_gpu_every_stage_says_so(tmp_path: Path, machine: Machine, cap
     assert main(["--out", str(tmp_path / "out")], machine) == 2
     records = _records(tmp_path / "out")
     summary = records.pop("summary")
-    assert set(records) == {"build", "smoke", "ops", "sanitizer", "bench", "ncu"}
+    assert set(records) == {"build", "kernels", "smoke", "ops", "sanitizer", "bench", "ncu"}
     assert all((record["status"], record["reason"]) == ("not run", "no GPU") for record in records.values())
     assert summary == {"gpu": None, "stages": dict.fromkeys(summary["stages"], "not run")}
-    assert capsys.readouterr().out.count("not run: no GPU") == 6
+    assert capsys.readouterr().out.count("not run: no GPU") == 7
 
 
 def test_a_broken_driver_is_no_gpu(tmp_path: Path, machine: Machine) -> None:
@@ -83,19 +92,26 @@ def test_a_dry_run_runs_nothing(tmp_path: Path, machine: Machine) -> None:
     assert {record.get("reason") for name, record in records.items() if name != "summary"} == {"dry run"}
     assert "setup.py -q build_ext --inplace" in records["build"]["commands"][0]
     assert [command.split(" --tool ")[1].split()[0] for command in records["sanitizer"]["commands"]] == list(
-        gpu_test.SANITIZERS
+        gpu_stages.SANITIZERS
     )
-    assert len(records["ncu"]["commands"]) == 5
 
 
-def test_every_stage_writes_what_it_ran(tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_test, "_PROGRAM", tmp_path / "bin" / "python3")
+def test_every_stage_writes_what_it_ran(tmp_path: Path, machine: Machine) -> None:
     assert main(["--out", str(tmp_path / "out")], machine) == 0
     records = _records(tmp_path / "out")
     assert records["summary"]["gpu"] == ["Made-up GPU", "90a"]
     assert set(records["summary"]["stages"].values()) == {"passed"}
     assert records["build"]["results"][0]["output"].startswith("python3 setup.py")
-    assert [result["name"] for result in records["sanitizer"]["results"]] == list(gpu_test.SANITIZERS)
+    assert [result["name"] for result in records["sanitizer"]["results"]] == list(gpu_stages.SANITIZERS)
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert log.count("==== passed") == sum(len(record.get("results", ())) for record in records.values())
+
+
+def test_a_profile_without_a_kernel_fails(tmp_path: Path, machine: Machine) -> None:
+    """A name that no longer is a kernel's, or a kernel that the profiled program does not launch."""
+    _tool(tmp_path / "bin", "ncu", "echo attend_kernel propose_kernel sample_kernel skinny::narrow::kernel")
+    assert main(["--out", str(tmp_path / "out"), "ncu"], machine) == 1
+    assert "skinny::wide::kernel" in _records(tmp_path / "out")["ncu"]["results"][0]["output"]
 
 
 def test_missing_tools_are_reported_and_not_fatal(tmp_path: Path, machine: Machine) -> None:
@@ -121,7 +137,7 @@ def test_a_failure_is_told_and_the_rest_runs(tmp_path: Path, machine: Machine, c
 def test_limits_hold_for_whole_process_trees(tmp_path: Path) -> None:
     _tool(tmp_path, "hang", "echo begun; sleep 600 & sleep 600")
     stage = Stage("slow", 1, (Command("one", (str(tmp_path / "hang"),)), Command("two", ("true",))))
-    record = run_stage(stage, 1.0, dict(os.environ))
+    record = run_stage(stage, 1.0, dict(os.environ), tmp_path / "log.txt")
     assert record["status"] == "timed out"
     assert record["results"][0]["output"].strip() == "begun"
     assert record["results"][1]["output"] == "no time was left"
@@ -139,11 +155,59 @@ def test_unknown_stages_are_refused(tmp_path: Path, machine: Machine, capsys: An
 
 
 def test_limits_fit_into_ten_minutes_and_peers_are_apart(tmp_path: Path, machine: Machine) -> None:
+    """What runs by default, and the build followed by the peers of one model, each in one call."""
     stages = plan(machine, tmp_path, None)
-    assert [stage.name for stage in stages if stage.missing][-1] == "peers"
-    assert "--official" in stages[-1].missing[0]
-    assert not plan(machine, tmp_path, tmp_path)[-1].missing
-    assert gpu_test.BUDGET < 600
+    assert sum(stage.limit for stage in stages if not stage.asked) <= gpu_stages.BUDGET < 600
+    asked = [stage for stage in stages if stage.asked]
+    assert [stage.name for stage in asked] == ["peers-xl", "peers-b"]
+    assert all("--official" in stage.missing[0] for stage in asked)
+    assert all(stages[0].limit + stage.limit <= gpu_stages.BUDGET for stage in asked)
+    assert not any(stage.missing for stage in plan(machine, tmp_path, tmp_path))
+
+
+_OPTIONS = {
+    "compute-sanitizer": {"--tool", "--error-exitcode"},
+    "ncu": {"--profile-from-start", "--clock-control", "--set", "--section", "--csv", "--kernel-name-base"},
+}
+
+
+def test_every_command_can_be_read_by_its_program(tmp_path: Path, machine: Machine) -> None:
+    """Options, benchmarks, fields and test files exist; tools that are not here get no option unknown to this list."""
+    for stage in plan(machine, tmp_path, tmp_path):
+        for command in stage.commands:
+            tool, words = Path(command.words[0]).name, list(command.words[1:])
+            if tool in _OPTIONS:
+                end = next(index for index, word in enumerate(words) if Path(word).is_file())
+                assert {word for word in words[:end] if word.startswith("--")} <= _OPTIONS[tool]
+                tool, words = Path(words[end]).name, words[end + 1 :]
+            if tool == "gpu_smoke":
+                assert not words
+                continue
+            assert tool == "python3"
+            _read(words)
+
+
+def _read(words: list[str]) -> None:
+    if words[0] == "setup.py":
+        assert words[1:] == ["-q", "build_ext", "--inplace"]
+        return
+    assert words.pop(0) == "-m"
+    module = words.pop(0)
+    if module == "gear_engine.bench.gpu_rollout":
+        found = gpu_rollout.options(words)
+        assert all(gpu_rollout.generator_config(name) for name in found.model)
+    elif module == "gear_engine.cli":
+        args = build_parser()[0].parse_args(words)
+        grid = {name: values.split(",") for name, _, values in (pair.partition("=") for pair in args.grid)}
+        cases = registry.select(args.names, args.preset, grid, args.filter)
+        assert {case.benchmark.name for case in cases} == set(args.names)
+        for field, values in grid.items():
+            assert all(str(case.params.get(field, values[0])) in values for case in cases)
+    else:
+        assert module == "pytest"
+        paths = [gpu_stages.ROOT / word for word in words if word.startswith("tests/")]
+        assert len(paths) >= 2 + 5
+        assert all(path.exists() for path in paths)
 
 
 def test_the_path_finds_what_an_installation_would_map(tmp_path: Path) -> None:
@@ -155,7 +219,7 @@ def test_the_path_finds_what_an_installation_would_map(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd="/", timeout=120)
     assert done.returncode == 0, done.stderr
-    root = gpu_test.ROOT
+    root = gpu_stages.ROOT
     assert done.stdout.split() == [str(root / "bench/timing.py"), str(root / "triton_kernels/__init__.py")]
 
 
@@ -187,6 +251,33 @@ class TestRollout:
         record = json.loads(capsys.readouterr().out)
         assert record["equal_to_direct"] == {"direct": True, "eager": True}
         assert record["equal_to_cpu_%"] == 100
+
+    def test_the_profiled_program_calls_every_op(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Once per number of images within what it marks, the codebook search too."""
+        marked: list[list[str]] = []
+        calls: list[str] = []
+
+        @contextlib.contextmanager
+        def mark(device: torch.device) -> Iterator[None]:
+            calls.clear()
+            yield
+            marked.append(list(calls))
+
+        resolve = gpu_rollout.backends.resolve
+
+        def counted(op: str, *args: Any, **options: Any) -> Any:
+            found = resolve(op, *args, **options)
+            load = found.load()
+            return dataclasses.replace(found, load=lambda: lambda *a, **o: (calls.append(op), load(*a, **o))[1])
+
+        monkeypatch.setattr(gpu_rollout, "_profiled", mark)
+        monkeypatch.setattr(gpu_rollout.backends, "resolve", counted)
+        plain = {"decode_attention": "reference"}  # or the compiled backend would make a step in one call
+        monkeypatch.setattr(gpu_rollout, "Engine", functools.partial(gpu_rollout.Engine, backend=plain))
+        gpu_rollout.profile(torch.device("cpu"), _TINY, vectors=3)
+        assert [set(ops) for ops in marked[:3]] == [{"decode_attention", "skinny_linear", "sample_tokens"}] * 3
+        assert marked[0].count("skinny_linear") == 5
+        assert marked[3:] == [["codebook_quantize"]]
 
     @pytest.mark.parametrize(("skips", "launches", "status"), [(0, 3, 0), (1, 3, 1), (0, 0, 1)])
     def test_a_compiled_peer_without_graphs_fails(
