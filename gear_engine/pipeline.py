@@ -17,10 +17,10 @@ from gear_engine.memory import available_bytes, check_fits, decoder_bytes
 from gear_engine.models.condition import TextCondition
 from gear_engine.models.transformer import Transformer
 from gear_engine.ops.skinny_linear import PackKind
-from gear_engine.pipeline_output import Decoding, OutputType, PipelineOutput, make_decoder
+from gear_engine.pipeline_output import Decoding, OutputType, PipelineOutput
 from gear_engine.request import SamplingParams
 from gear_engine.text_encoders import CaptionFeatures, TextEncoder, load_text_encoder
-from gear_engine.tokenizers import Tokenizer
+from gear_engine.tokenizers import Tokenizer, choose_decoder
 
 __all__ = ["OutputType", "Pipeline", "PipelineOutput"]
 
@@ -41,8 +41,8 @@ class Pipeline:
         backend: kernels to use, see ``gear-engine info``.
         weight_format: ``"bf16"`` or ``"int8"`` packs the generator's linear weights; see :class:`Engine`.
         decode_dtype: arithmetic of the decoding convolutions, over an fp32 tokenizer: ``torch.bfloat16`` is faster, at
-            45 dB and better against fp32. On a GPU either dtype decodes by a captured step, beside the drawing of the
-            next images. None: the tokenizer's own dtype, module by module.
+            45 dB and better against fp32. None: the tokenizer's own dtype. On a GPU an fp32 tokenizer decodes by a
+            captured step, beside the drawing of the next images (:func:`gear_engine.tokenizers.choose_decoder`).
         max_images: images sampled at a time; a larger call is split or queued.
         decode_batch: images decoded at a time.
         memory_budget: bytes that sampling may take; None: what the device has left.
@@ -75,7 +75,7 @@ class Pipeline:
         self.backend = backend
         self.weight_format = weight_format
         self._decode_dtype = decode_dtype
-        self._decoder = make_decoder(self.tokenizer, decode_dtype, decode_batch)
+        self._decoder = choose_decoder(self.tokenizer, decode_dtype, decode_batch)
         self.max_images = max_images
         self.decode_batch = decode_batch
         self.memory_budget = memory_budget
@@ -169,7 +169,7 @@ class Pipeline:
         self.tokenizer.to(device)
         if self.text_encoder is not None:
             self.text_encoder.model.to(device)
-        self._decoder = make_decoder(self.tokenizer, self._decode_dtype, self.decode_batch)
+        self._decoder = choose_decoder(self.tokenizer, self._decode_dtype, self.decode_batch)
         self.invalidate()
         return self
 

@@ -15,7 +15,7 @@ from gear_engine.memory import out_of_memory_is_typed
 from gear_engine.tokenizers import Decoder, DeviceDecoder, Tokenizer, to_uint8
 from gear_engine.tokenizers.device_decoder import Pending
 
-__all__ = ["Decoding", "Images", "OutputType", "PipelineOutput", "arrange", "decode", "join", "make_decoder"]
+__all__ = ["Decoding", "Images", "OutputType", "PipelineOutput", "arrange", "decode", "join"]
 
 #: ``"pil"``: a list of PIL images, the official pixels. ``"np"``: float32 (B, H, W, 3) in [0, 1]. ``"pt"``: floats
 #: (B, 3, H, W) in [0, 1]. ``"latent"``: no decoding, the images are the tokens.
@@ -64,19 +64,6 @@ def decode(
             images = decode_code(chunk.long(), (len(chunk), config.codebook_embed_dim, grid, grid))
             parts.append(arrange(images, output_type))
     return join(parts, output_type)
-
-
-def make_decoder(tokenizer: Tokenizer, dtype: torch.dtype | None, batch: int) -> Decoder | DeviceDecoder | None:
-    """The decoder of the tokenizer's device in ``dtype``; None: the tokenizer decodes as it is.
-
-    Raises:
-        ConfigError, BackendUnavailableError: that device cannot decode so.
-    """
-    if dtype is None:
-        return None
-    if tokenizer.device.type == "cpu":
-        return Decoder(tokenizer, dtype=dtype)
-    return DeviceDecoder(tokenizer, dtype=dtype, batch=batch)
 
 
 class Decoding:

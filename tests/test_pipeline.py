@@ -251,9 +251,9 @@ def test_decoding_in_bf16(pipe: Pipeline) -> None:
 
 def test_a_decoder_goes_where_the_tokenizer_goes(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    monkeypatch.setattr("gear_engine.pipeline_output.Decoder", lambda tokenizer, dtype: made.append("cpu"))
+    monkeypatch.setattr("gear_engine.tokenizers.decoders.Decoder", lambda tokenizer, dtype: made.append("cpu"))
     monkeypatch.setattr(
-        "gear_engine.pipeline_output.DeviceDecoder",
+        "gear_engine.tokenizers.decoders.DeviceDecoder",
         lambda tokenizer, dtype, batch: made.append(f"{tokenizer.device}, {batch} at a time"),
     )
     fresh = Pipeline(make_generator(), build_tokenizer(TOKENIZER_CONFIG), decode_dtype=torch.float32, decode_batch=3)

@@ -13,7 +13,7 @@ from gear_engine.runs.world import World
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPE_NAMES", "decoder_backend", "dtype_of", "parse_backend", "pick_device", "versions"]
+__all__ = ["DTYPE_NAMES", "dtype_of", "parse_backend", "pick_device", "versions"]
 
 DTYPE_NAMES = ("fp32", "bf16", "fp16")
 
@@ -70,13 +70,6 @@ def pick_device(name: str | None, world: World) -> torch.device:
     elif device.type != "cpu":
         raise ConfigError(f"--device {name!r} is not supported; say cpu, cuda or cuda:N")
     return device
-
-
-def decoder_backend(device: torch.device) -> str:
-    """The backend that decodes images on ``device``: it is not asked for, it follows from the build."""
-    from gear_engine.tokenizers import decoder_fast
-
-    return "cpu" if device.type == "cpu" and decoder_fast.unavailable() is None else "reference"
 
 
 def parse_backend(text: str) -> str | dict[str, str]:

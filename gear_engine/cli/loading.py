@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from gear_engine.cli.sampling import Plan
     from gear_engine.config import GeneratorConfig
     from gear_engine.models.transformer import Transformer
-    from gear_engine.tokenizers import Tokenizer
+    from gear_engine.tokenizers import Decoder, DeviceDecoder, Tokenizer
 
 __all__ = ["Models", "load_models", "load_tokenizer_alone", "text_encoder_choice"]
 
@@ -37,8 +36,8 @@ class Models:
 
     generator: Transformer
     tokenizer: Tokenizer
-    #: :meth:`Tokenizer.decode_code` in the arithmetic of ``--decode-dtype``.
-    decode_code: Callable[..., torch.Tensor]
+    #: Decodes in the arithmetic of ``--decode-dtype``; None: the tokenizer does.
+    decoder: Decoder | DeviceDecoder | None
     generator_source: Source
     tokenizer_source: Source
 
@@ -57,10 +56,11 @@ def load_models(plan: Plan) -> Models:
     from gear_engine.checkpoint import check_pair, open_generator, open_tokenizer
     from gear_engine.cli.environment import dtype_of
     from gear_engine.cli.sampling import log
+    from gear_engine.tokenizers import choose_decoder, decoder_name
 
     args = plan.args
-    # On a CPU the decoder rounds the convolutions' operands itself and keeps residuals and norms in fp32.
-    decode_dtype = dtype_of("fp32" if plan.device.type == "cpu" else args.decode_dtype)
+    # Decoders round the convolutions' operands themselves and keep residuals and norms in fp32.
+    in_fp16 = plan.device.type != "cpu" and args.decode_dtype == "fp16"
     generator, generator_source = open_generator(
         args.ckpt_path,
         plan.device,
@@ -71,7 +71,7 @@ def load_models(plan: Plan) -> Models:
     tokenizer, tokenizer_source = open_tokenizer(
         args.vq_ckpt_path or args.ckpt_path,
         plan.device,
-        decode_dtype,
+        dtype_of("fp16" if in_fp16 else "fp32"),
         ema=args.use_vq_ema,
         **_given(args, _TOKENIZER_FLAGS),
     )
@@ -79,19 +79,11 @@ def load_models(plan: Plan) -> Models:
     log(plan.world, f"generator: {generator_source}")
     log(plan.world, f"tokenizer: {tokenizer_source}")
     tokenizer = tokenizer.eval()
-    decode_code = _decoder(tokenizer, plan)
-    return Models(generator.eval(), tokenizer, decode_code, generator_source, tokenizer_source)
-
-
-def _decoder(tokenizer: Tokenizer, plan: Plan) -> Callable[..., torch.Tensor]:
-    """The weights do not change during a run: the CPU decoder packs them once."""
-    from gear_engine.cli.environment import dtype_of
-    from gear_engine.tokenizers import decoder_fast
-
-    dtype = plan.args.decode_dtype
-    if plan.device.type != "cpu" or (dtype == "fp32" and decoder_fast.unavailable() is not None):
-        return tokenizer.decode_code
-    return decoder_fast.Decoder(tokenizer, dtype=dtype_of(dtype)).decode_code
+    # Without compiled kernels a CPU decodes fp32 by the modules; run.json says so.
+    plain = in_fp16 or (args.decode_dtype == "fp32" and decoder_name(None, tokenizer) == "reference")
+    decode_dtype = None if plain else dtype_of(args.decode_dtype)
+    decoder = choose_decoder(tokenizer, decode_dtype, min(plan.decode_batch, plan.batch))
+    return Models(generator.eval(), tokenizer, decoder, generator_source, tokenizer_source)
 
 
 def load_tokenizer_alone(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Tokenizer:

@@ -62,10 +62,15 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="packs the generator's linear weights: fewer bytes per step, other tokens (default: as --dtype says)",
     )
     group.add_argument(
+        "--cache-dtype",
+        choices=["fp8"],
+        help="of keys and values: half of bf16's memory, other tokens (default: as --dtype says)",
+    )
+    group.add_argument(
         "--decode-dtype",
         choices=DTYPE_NAMES,
         default="fp32",
-        help="of the decoder; bf16 on a CPU: of its convolutions' operands (%(default)s)",
+        help="of the decoder; bf16: of its convolutions' operands; fp16: CUDA only (%(default)s)",
     )
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: this process's accelerator, or the CPU)")
     group.add_argument("--backend", default="auto", help="NAME, or OP=NAME,...; see gear-engine info (%(default)s)")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gear_engine.cli.environment import decoder_backend, parse_backend, pick_device, versions
+from gear_engine.cli.environment import parse_backend, pick_device, versions
 from gear_engine.cli.progress import Progress
+from gear_engine.cli.run_settings import device_name, run_settings
 from gear_engine.errors import InvalidRequestError, OutOfMemoryError
-from gear_engine.files import content_hash
 from gear_engine.request import SamplingParams
 from gear_engine.runs.batches import strided
 from gear_engine.runs.folder import RunFolder, check_output, experiment_name, sampling_tag, step_tag
@@ -124,6 +123,7 @@ def build_engine(plan: Plan, models: Models) -> Engine:
     """
     from gear_engine.engine import Engine
     from gear_engine.memory import available_bytes, check_fits, decoder_bytes
+    from gear_engine.ops.decode_attention import FP8
 
     _set_arithmetic(plan)
     size, images = models.image_size, min(plan.decode_batch, plan.batch)
@@ -137,6 +137,7 @@ def build_engine(plan: Plan, models: Models) -> Engine:
             max_images=plan.batch,
             backend=parse_backend(plan.args.backend),
             weight_format=plan.args.weight_format,
+            cache_dtype=FP8 if plan.args.cache_dtype == "fp8" else None,
             # The decoder works while the engine's caches are held.
             memory_budget=None if available is None else available - decoder,
         )
@@ -153,11 +154,11 @@ def sample_all(plan: Plan, models: Models, engine: Engine, source: Source) -> in
     world, args = plan.world, plan.args
     image_size = models.image_size
     written_size = args.image_size_eval or image_size
-    environment = {**versions(), "device": _device_name(plan.device)}
+    environment = {**versions(), "device": device_name(plan.device)}
     folders = [RunFolder(plan.folder(params), source.count, written_size) for params in plan.scales]
 
     def check_folders() -> tuple[list[Settings], list[str]]:
-        every = _settings(plan, models, source, engine)
+        every = run_settings(plan, models, source, engine)
         notes = [note for folder, one in zip(folders, every, strict=True) for note in folder.check(one, environment)]
         return every, notes
 
@@ -221,11 +222,22 @@ class _Draw(DrawImages):
     def __call__(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         import torch
 
+        from gear_engine.tokenizers import DeviceDecoder
+
+        decoder = self._models.decoder
         with torch.no_grad():
             tokens = self._tokens(indices)
-            parts = [self._pixels(part) for part in torch.split(tokens, self._plan.decode_batch)]
-            images: NDArray[np.uint8] = torch.cat(parts).numpy()
+            if isinstance(decoder, DeviceDecoder) and self._size == self._models.image_size:
+                pixels = decoder.decode(tokens)
+            else:
+                pixels = torch.cat([self._pixels(part) for part in torch.split(tokens, self._plan.decode_batch)])
+            images: NDArray[np.uint8] = pixels.numpy()
             return images
+
+    @property
+    def _size(self) -> int:
+        """Edge of the written images."""
+        return int(self._plan.args.image_size_eval or self._models.image_size)
 
     def _tokens(self, indices: Sequence[int]) -> torch.Tensor:
         args = self._plan.args
@@ -240,11 +252,10 @@ class _Draw(DrawImages):
     def _pixels(self, tokens: torch.Tensor) -> torch.Tensor:
         from gear_engine.tokenizers import resize, to_uint8
 
-        tokenizer, size = self._models.tokenizer, self._models.image_size
-        shape = tokenizer.latent_shape(len(tokens), size, size)
-        images = self._models.decode_code(tokens, shape)
-        written = self._plan.args.image_size_eval or size
-        return to_uint8(resize(images.float(), written)).cpu()
+        models, size = self._models, self._models.image_size
+        shape = models.tokenizer.latent_shape(len(tokens), size, size)
+        images = (models.decoder or models.tokenizer).decode_code(tokens, shape)
+        return to_uint8(resize(images.float(), self._size)).cpu()
 
 
 def _set_arithmetic(plan: Plan) -> None:
@@ -255,47 +266,3 @@ def _set_arithmetic(plan: Plan) -> None:
         torch.backends.cudnn.allow_tf32 = plan.args.tf32
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
-
-
-def _device_name(device: torch.device) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _settings(plan: Plan, models: Models, source: Source, engine: Engine) -> list[Settings]:
-    """What ``run.json`` records, one per guidance scale."""
-    args = plan.args
-    generator_hash = content_hash(Path(models.generator_source.path))
-    same_file = models.tokenizer_source.path == models.generator_source.path
-    tokenizer_hash = generator_hash if same_file else content_hash(Path(models.tokenizer_source.path))
-    common = {
-        "command": args.command,
-        "checkpoint": {
-            "sha256": generator_hash,
-            "ema": models.generator_source.is_ema,
-            **models.generator.config.to_dict(),
-        },
-        "tokenizer": {
-            "sha256": tokenizer_hash,
-            "ema": models.tokenizer_source.is_ema,
-            **models.tokenizer.config.to_dict(),
-        },
-        "num_images": source.count,
-        "seed": args.seed,
-        "rng": args.rng,
-        "dtype": args.dtype,
-        "weight_format": args.weight_format,
-        "decode_dtype": args.decode_dtype,
-        "decode_batch": plan.decode_batch,
-        "device": plan.device.type,
-        "tf32": args.tf32 if plan.device.type == "cuda" else None,
-        # As chosen, not as asked for: "auto" may choose otherwise after another build.
-        "backend": {**engine.ops.backends, "decoder": decoder_backend(plan.device)},
-        "world_size": plan.world.size,
-        "per_proc_batch_size": plan.batch,
-        "image_size": models.image_size,
-        "image_size_eval": args.image_size_eval or models.image_size,
-    }
-    # The conditions come last: they follow from seed, rng and number, and the first difference is what is named.
-    return [{**common, "sampling": dataclasses.asdict(params), **source.settings()} for params in plan.scales]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gear_engine.tokenizers.decoder_fast import Decoder
+from gear_engine.tokenizers.decoders import choose_decoder, decoder_name
 from gear_engine.tokenizers.device_decoder import DeviceDecoder
 from gear_engine.tokenizers.images import resize, to_uint8
 from gear_engine.tokenizers.infer import from_module, infer_config
@@ -14,6 +15,8 @@ __all__ = [
     "DeviceDecoder",
     "Tokenizer",
     "build_tokenizer",
+    "choose_decoder",
+    "decoder_name",
     "from_module",
     "infer_config",
     "resize",

@@ -15,6 +15,7 @@ from PIL import Image
 from gear_engine.cli.main import main
 from gear_engine.engine import Engine
 from gear_engine.runs.labels import random_labels, text_hash
+from gear_engine.tokenizers import DeviceDecoder, Tokenizer
 from tests.cli import tiny
 
 FAST = ["--per-proc-batch-size", "2", "--image-size-eval", str(tiny.IMAGE_SIZE), "--device", "cpu"]
@@ -234,6 +235,40 @@ def test_another_checkpoint_is_refused(checkpoint: Path, tmp_path: Path, capsys:
     assert "checkpoint.sha256" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("edge", [tiny.IMAGE_SIZE, 40])
+def test_the_decoder_of_a_gpu(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edge: int) -> None:
+    """Its steps are called here: the pixels of the CPU's decoder, five images in batches of two and resized ones."""
+    resized = ("--image-size-eval", str(edge), "--decode-batch", "2")
+    assert sample(checkpoint, tmp_path / "cpu", *resized) == 0
+    made: list[DeviceDecoder] = []
+
+    def choose(tokenizer: Tokenizer, dtype: torch.dtype, batch: int) -> DeviceDecoder:
+        made.append(DeviceDecoder(tokenizer, dtype=dtype, batch=batch))
+        return made[0]
+
+    monkeypatch.setattr("gear_engine.tokenizers.choose_decoder", choose)
+    assert sample(checkpoint, tmp_path / "gpu", *resized) == 0
+    (decoder,) = made
+    assert (decoder.dtype, decoder.batch) == (torch.float32, 2)
+    assert len(decoder._programs) == (edge == tiny.IMAGE_SIZE), "resizing takes floats"
+    ours, expected = (pixels(tmp_path / name / "exp" / "step0000007" / "cfg1-temp1") for name in ("gpu", "cpu"))
+    assert np.abs(ours.astype(int) - expected.astype(int)).max() <= 1
+    (run,) = (tmp_path / "gpu").rglob("run.json")
+    assert json.loads(run.read_text())["settings"]["backend"]["decoder"] == "device"
+
+
+def test_an_fp8_cache(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reaches the engine and the record; kernels that cannot read it are named, and nothing is written."""
+    assert sample(checkpoint, tmp_path / "refused", "--cache-dtype", "fp8", "--backend", "cpu", count=1) == 2
+    assert "float8_e4m3fn" in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+    assert sample(checkpoint, tmp_path, "--cache-dtype", "fp8", count=1) == 0
+    (run,) = tmp_path.rglob("run.json")
+    settings = json.loads(run.read_text())["settings"]
+    assert (settings["cache_dtype"], settings["backend"]["decode_attention"]) == ("fp8", "reference")
+    assert sample(checkpoint, tmp_path, count=1) == 2, "another cache is another run"
+
+
 def test_auto_that_chooses_other_kernels_is_refused(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,7 +279,7 @@ def test_auto_that_chooses_other_kernels_is_refused(
     assert {recorded[op] for op in ("decode_attention", "skinny_linear", "sample_tokens")} == {"reference"}
     assert recorded["decoder"] in ("cpu", "reference")
     other = "reference" if recorded["decoder"] == "cpu" else "cpu"
-    monkeypatch.setattr("gear_engine.cli.sampling.decoder_backend", lambda device: other)
+    monkeypatch.setattr("gear_engine.tokenizers.decoder_name", lambda *decoder: other)
     assert sample(checkpoint, tmp_path, "--backend", "reference", count=2) == 2
     assert f'backend.decoder = "{recorded["decoder"]}", this run asks for "{other}"' in capsys.readouterr().err
 

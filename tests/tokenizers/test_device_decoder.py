@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from gear_engine.errors import ConfigError, InvalidRequestError
 from gear_engine.metrics import psnr
-from gear_engine.tokenizers import Tokenizer, build_tokenizer, to_uint8
+from gear_engine.tokenizers import Tokenizer, build_tokenizer, choose_decoder, decoder_name, to_uint8
 from gear_engine.tokenizers.device_decoder import DeviceDecoder
 from tests.golden_weights import golden_state_dict, relative_error
 from tests.tokenizers.test_tokenizer import SMALL
@@ -125,6 +126,21 @@ def test_changed_weights_are_read_into_the_same_places() -> None:
     decoder.refresh()
     assert (decoder.decode(tokens).int() - _expected(tokenizer, tokens).int()).abs().max() <= 1
     assert places == [weight.data_ptr() for weight in decoder._weights.values()]
+
+
+def test_where_it_is_chosen(vq: Tokenizer) -> None:
+    """On every device but the CPU, in fp32 unless another arithmetic is asked for, wherever it can decode."""
+    assert choose_decoder(vq, None, 2) is None
+    for made in [copy.deepcopy(vq).to("meta")]:
+        for dtype in (None, torch.float32, torch.bfloat16):
+            chosen = choose_decoder(made, dtype, 3)
+            assert isinstance(chosen, DeviceDecoder)
+            assert (chosen.dtype, chosen.batch) == (dtype or torch.float32, 3)
+            assert decoder_name(chosen, made) == "device"
+    groups = build_tokenizer(next(config for config in SMALL.values() if config.num_codebooks > 1)).to("meta")
+    for other in (made.half(), groups):
+        assert choose_decoder(other, None, 3) is None
+        assert decoder_name(None, other) == "reference"
 
 
 def test_refusals(vq: Tokenizer) -> None:
