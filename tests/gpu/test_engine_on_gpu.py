@@ -154,12 +154,12 @@ def test_out_of_memory_leaves_the_engine_usable(backend: str) -> None:
     assert torch.equal(engine.generate([1, 2], SETTINGS[1]), expected)
 
 
+@pytest.mark.usefixtures("without_tf32")
 def test_sampled_runs_equal_the_official_code(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the same GPU under the same seed, TF32 off."""
     checkout = os.environ.get("GEAR_OFFICIAL")
     if not checkout:
         pytest.skip("GEAR_OFFICIAL names no checkout of the official code")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.syspath_prepend(checkout)
     from models.generate import generate  # type: ignore[import-not-found]
     from models.llamagen import ModelArgs  # type: ignore[import-not-found]
