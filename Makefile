@@ -16,6 +16,8 @@ PY := $(BIN)/python
 INSTALLED := $(VENV)/.installed
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PYTEST_ARGS ?=
+# Every test has one thread, so that several files run at a time; 0 is one process. A file's tests stay together, in order.
+PYTEST_WORKERS ?= logical
 
 .PHONY: all install build demo shapes test pytest lint format bench report sanitize tsan gpu-test gpu-peers clean
 all: test
@@ -54,7 +56,7 @@ shapes: build
 test: lint pytest
 
 pytest: build
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 CPP := $(shell find csrc tests/csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 lint: build

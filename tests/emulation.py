@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.util
 import shutil
@@ -34,7 +35,6 @@ def _run(*command: str) -> None:
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
 
 
-@functools.cache
 def _configure() -> None:
     settings = {
         "GEAR_CUDA": "OFF",
@@ -50,10 +50,16 @@ def _configure() -> None:
 
 @functools.cache
 def build() -> None:
-    """Compiles all of the emulation, together, so that no core idles; what is up to date stays."""
-    _configure()
-    targets = ("emulated", "emulated_address", "emulated_thread")
-    _run(_program("cmake"), "--build", str(BUILD), "--target", *targets)
+    """Compiles all of the emulation, together, so that no core idles; what is up to date stays.
+
+    Other test processes that want it meanwhile wait, and find it built.
+    """
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _configure()
+        targets = ("emulated", "emulated_address", "emulated_thread")
+        _run(_program("cmake"), "--build", str(BUILD), "--target", *targets)
 
 
 def program(sanitizer: str) -> Path:

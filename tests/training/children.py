@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+import torch._dynamo  # takes seconds, which every child would spend anew when its trainer imports it
 
 from gear_engine.runs.world import World
 from gear_engine.training import TrainConfig, Trainer
