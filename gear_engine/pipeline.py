@@ -13,11 +13,11 @@ from gear_engine import pipeline_inputs as inputs
 from gear_engine.checkpoint import open_generator, open_tokenizer, save_pretrained
 from gear_engine.engine import Engine
 from gear_engine.errors import ConfigError, InvalidRequestError
-from gear_engine.memory import available_bytes, check_fits, decoder_bytes
+from gear_engine.memory import available_bytes
 from gear_engine.models.condition import TextCondition
 from gear_engine.models.transformer import Transformer
 from gear_engine.ops.skinny_linear import PackKind
-from gear_engine.pipeline_output import Decoding, OutputType, PipelineOutput
+from gear_engine.pipeline_output import Decoding, OutputType, PipelineOutput, left_by_decoder
 from gear_engine.request import SamplingParams
 from gear_engine.text_encoders import CaptionFeatures, TextEncoder, load_text_encoder
 from gear_engine.tokenizers import Tokenizer, choose_decoder
@@ -71,9 +71,7 @@ class Pipeline:
         self.generator = generator.eval()
         self.tokenizer = tokenizer.eval()
         self.text_encoder = text_encoder
-        self.dtype = dtype
-        self.backend = backend
-        self.weight_format = weight_format
+        self.dtype, self.backend, self.weight_format = dtype, backend, weight_format
         self._decode_dtype = decode_dtype
         self._decoder = choose_decoder(self.tokenizer, decode_dtype, decode_batch)
         self.max_images = max_images
@@ -233,9 +231,8 @@ class Pipeline:
         )
         if prompt is not None:
             captions = self._encode(prompt, params.uses_guidance)
-        condition = inputs.repeat(
-            inputs.label_list(class_labels) if captions is None else captions, num_images_per_prompt
-        )
+        given = inputs.label_list(class_labels) if captions is None else captions
+        condition = inputs.repeat(given, num_images_per_prompt)
         decoding = Decoding(self.tokenizer, self._decoder, self.decode_batch, output_type)
         tokens = self._sample(condition, params, seeds, generator, callback_on_step_end, decoding)
         return PipelineOutput(decoding.images(tokens), tokens)
@@ -265,13 +262,15 @@ class Pipeline:
             raise InvalidRequestError("give seeds or a generator, not both")
         keys = None if generator is not None else inputs.seed_list(seeds, count)
         if self._engine is None:
+            available = available_bytes(self.device) if self.memory_budget is None else self.memory_budget
+            images = min(self.decode_batch, self.max_images)  # decoded while the engine's caches are held
             self._engine = Engine(
                 self.generator,
                 max_images=self.max_images,
                 dtype=self.dtype,
                 backend=self.backend,
                 weight_format=self.weight_format,
-                memory_budget=self._engine_budget(),
+                memory_budget=left_by_decoder(available, self.tokenizer, self.image_size, images),
             )
         engine = self._engine
         # Streams of their own need no lockstep: the engine queues what does not fit.
@@ -299,11 +298,3 @@ class Pipeline:
                 )
                 decoding.add(parts[-1])
         return torch.cat(parts)
-
-    def _engine_budget(self) -> int | None:
-        """What sampling may take: the decoder works while the engine's caches are held."""
-        available = available_bytes(self.device) if self.memory_budget is None else self.memory_budget
-        size, images = self.image_size, min(self.decode_batch, self.max_images)
-        decoder = decoder_bytes(self.tokenizer.config, size, size, images, self.tokenizer.dtype)
-        check_fits({f"decoder, {images} images at once": decoder}, available, "lower decode_batch")
-        return None if available is None else available - decoder
