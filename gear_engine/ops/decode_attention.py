@@ -209,7 +209,6 @@ def _load(cache: torch.Tensor, scale: torch.Tensor | None, slots: torch.Tensor |
 
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_MAX_HEAD_DIM = decode_attention_cuda.MAX_HEAD_DIM
 
 
 def _cpu(
@@ -232,10 +231,7 @@ def _cpu(
         IndexError: a slot or position does not exist; nothing was written.
     """
     _, n_kv_head, _, head_dim = k_cache.shape
-    if head_dim > _MAX_HEAD_DIM or head_dim % 4:
-        raise ValueError(f"head size {head_dim} is not a multiple of 4 up to {_MAX_HEAD_DIM}")
-    if k_cache.stride() != v_cache.stride():
-        raise ValueError(f"k_cache and v_cache must have equal strides: {k_cache.stride()}, {v_cache.stride()}")
+    decode_attention_cuda.check_caches(k_cache, v_cache)
     slots, positions, rope = slots.contiguous(), positions.contiguous(), rope.contiguous()
     rows = qkv.shape[0]
     out = qkv.new_empty(rows, n_head * head_dim)

@@ -9,7 +9,7 @@ import torch
 
 from gear_engine.ops import native
 
-__all__ = ["DTYPES", "MAX_HEAD_DIM", "num_splits", "run"]
+__all__ = ["DTYPES", "MAX_HEAD_DIM", "check_caches", "num_splits", "run"]
 
 #: What the kernel calls the dtypes of a cache; all but the last are also those of its operands.
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
@@ -33,6 +33,19 @@ def num_splits(device: torch.device, blocks: int, chunks: int) -> int:
 def _arrivals(device: torch.device, stream: int, size: int) -> torch.Tensor:
     """Counters of the blocks that share a head: zero between calls, for the calls of one stream follow one another."""
     return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+def check_caches(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    """What the compiled kernels, for the CPU too, ask of the caches.
+
+    Raises:
+        ValueError: a head is too large or no multiple of 4, or the strides differ.
+    """
+    head_dim = k_cache.shape[3]
+    if head_dim > MAX_HEAD_DIM or head_dim % 4:
+        raise ValueError(f"head size {head_dim} is not a multiple of 4 up to {MAX_HEAD_DIM}")
+    if k_cache.stride() != v_cache.stride():
+        raise ValueError(f"k_cache and v_cache must have equal strides: {k_cache.stride()}, {v_cache.stride()}")
 
 
 def _check_words(cache: torch.Tensor, name: str) -> None:
@@ -74,10 +87,7 @@ def run(
         ValueError: a head or an entry of the caches does not fit the kernel.
     """
     _, n_kv_head, entries, head_dim = k_cache.shape
-    if head_dim > MAX_HEAD_DIM or head_dim % 4:
-        raise ValueError(f"head size {head_dim} is not a multiple of 4 up to {MAX_HEAD_DIM}")
-    if k_cache.stride() != v_cache.stride():
-        raise ValueError(f"k_cache and v_cache must have equal strides: {k_cache.stride()}, {v_cache.stride()}")
+    check_caches(k_cache, v_cache)
     _check_words(k_cache, "k_cache")
     _check_words(v_cache, "v_cache")
     scale_strides = (0, 0)

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from gear_engine.errors import BackendUnavailableError, InvalidRequestError
 from gear_engine.ops import backends, codebook_quantize, native, sign_bits, soft_readout, triton_backend
-from gear_engine.ops.readout_kernels import KERNELS, Kernels, scale_and_bias
+from gear_engine.ops.readout_kernels import KERNELS, Kernels, Operands
 from gear_engine.ops.soft_readout import Distance, check_arguments
 
 __all__ = ["Distance", "dual_readout", "reference"]
@@ -110,14 +110,13 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(soft, lse of S, indices); z and codebook as they enter the distance."""
     kernels = _kernels(z, backend)
-    z, codebook, table = z.contiguous(), codebook.contiguous(), table.contiguous()
+    operands = Operands.make(z, codebook, table, tau, distance)
     if distance == "lfq":
-        indices = sign_bits.sign_bits(z)[0][:, 0].contiguous()
+        indices = sign_bits.sign_bits(operands.z)[0][:, 0].contiguous()
     else:
         metric: Any = distance
-        indices = codebook_quantize.hard_indices(z, codebook, metric)
-    scale, bias = scale_and_bias(codebook, tau, distance)
-    return *kernels.forward(z, codebook, bias, table, scale), indices
+        indices = codebook_quantize.hard_indices(operands.z, operands.codebook, metric)
+    return *kernels.forward(operands), indices
 
 
 @_forward.register_fake
@@ -142,10 +141,8 @@ def _backward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of z, codebook and table; empty where ``needs`` says no."""
-    kernels = _kernels(z, backend)
-    grad, z, codebook, table = grad.contiguous(), z.contiguous(), codebook.contiguous(), table.contiguous()
-    scale, bias = scale_and_bias(codebook, tau, distance)
-    found = kernels.backward(grad, delta, lse, z, codebook, bias, table, scale, needs)
+    operands = Operands.make(z, codebook, table, tau, distance)
+    found = _kernels(z, backend).backward(grad.contiguous(), delta, lse, operands, needs)
     if found.codebook is not None and found.bias is not None and distance == "l2":
         found.codebook.addcmul_(found.bias[:, None], codebook, value=-1)  # bias = -|e|^2 / 2
     none = z.new_empty(0)

@@ -18,20 +18,37 @@ import torch
 
 from gear_engine.ops import native, triton_backend
 
-__all__ = ["KERNELS", "Gradients", "Kernels", "scale_and_bias"]
+__all__ = ["KERNELS", "Gradients", "Kernels", "Operands"]
 
 #: Scores that the chunked backend holds at once, per array: 16 MiB in fp32.
 _BLOCK_SCORES: Final = 2**22
 
 
-def scale_and_bias(codebook: torch.Tensor, tau: float, distance: str) -> tuple[float, torch.Tensor]:
-    """(scale, bias [K]) with -D / tau = scale (z . e + bias) up to a term that is the same for all codes.
+class Operands(NamedTuple):
+    """What every kernel reads: contiguous z (N, d), codebook (K, d), bias (K,), table (K, C), and scale.
 
-    z and e as they enter the distance: already normalised.
+    -D / tau = scale (z . e + bias) up to a term that is the same for all codes of a row.
     """
-    if distance in ("l2", "l2_normalized"):
-        return 2.0 / tau, codebook.square().sum(dim=1).mul_(-0.5)
-    return (1.0 if distance == "inner_product" else 2.0) / tau, codebook.new_zeros(codebook.shape[0])
+
+    z: torch.Tensor
+    codebook: torch.Tensor
+    bias: torch.Tensor
+    table: torch.Tensor
+    scale: float
+
+    @classmethod
+    def make(cls, z: torch.Tensor, codebook: torch.Tensor, table: torch.Tensor, tau: float, distance: str) -> Operands:
+        """z and codebook as they enter the distance: already normalised."""
+        z, codebook, table = z.contiguous(), codebook.contiguous(), table.contiguous()
+        if distance in ("l2", "l2_normalized"):
+            return cls(z, codebook, codebook.square().sum(dim=1).mul_(-0.5), table, 2.0 / tau)
+        scale = (1.0 if distance == "inner_product" else 2.0) / tau
+        return cls(z, codebook, codebook.new_zeros(codebook.shape[0]), table, scale)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """N, K, d, C."""
+        return self.z.shape[0], *self.codebook.shape, self.table.shape[1]
 
 
 class Gradients(NamedTuple):
@@ -43,37 +60,34 @@ class Gradients(NamedTuple):
     table: torch.Tensor | None
 
     @classmethod
-    def allocate(
-        cls, z: torch.Tensor, codebook: torch.Tensor, bias: torch.Tensor, table: torch.Tensor, needs: list[bool]
-    ) -> Gradients:
+    def allocate(cls, operands: Operands, needs: list[bool]) -> Gradients:
         """z's left as it is, since every row is written once; zeros to add to for the others."""
         zeros = [
             torch.zeros_like(operand) if need else None
-            for operand, need in zip((codebook, bias, table), (needs[1], *needs[1:]), strict=True)
+            for operand, need in zip(operands[1:4], (needs[1], *needs[1:]), strict=True)
         ]
-        return cls(torch.empty_like(z) if needs[0] else None, *zeros)
+        return cls(torch.empty_like(operands.z) if needs[0] else None, *zeros)
 
 
 class Kernels(NamedTuple):
-    """One implementation, on contiguous operands.
+    """One implementation.
 
     Attributes:
-        forward: (z, codebook, bias, table, scale) -> (soft, lse [N]).
-        backward: (grad, delta [N], lse, z, codebook, bias, table, scale, needs) -> gradients; delta = rowsum(G * soft),
-            needs = for which of z, codebook, table.
+        forward: (operands) -> (soft, lse [N]).
+        backward: (grad, delta [N], lse, operands, needs) -> gradients; delta = rowsum(G * soft), needs = for which of
+            z, codebook, table; grad is contiguous.
     """
 
-    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    backward: Callable[..., Gradients]
+    forward: Callable[[Operands], tuple[torch.Tensor, torch.Tensor]]
+    backward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Operands, list[bool]], Gradients]
 
 
 # ---- plain torch in blocks of rows -----------------------------------------------------------------------------------
 
 
-def _scores(
-    z: torch.Tensor, codebook: torch.Tensor, bias: torch.Tensor, scale: float
-) -> Iterator[tuple[slice, torch.Tensor]]:
+def _scores(operands: Operands) -> Iterator[tuple[slice, torch.Tensor]]:
     """(rows, S of these rows [rows, K]) block by block, in one buffer."""
+    z, codebook, bias, _, scale = operands
     block = max(1, _BLOCK_SCORES // codebook.shape[0])
     buffer = z.new_empty(min(block, z.shape[0]), codebook.shape[0])
     for start in range(0, z.shape[0], block):
@@ -83,31 +97,27 @@ def _scores(
         yield slice(start, start + part.shape[0]), scores
 
 
-def _chunked_forward(
-    z: torch.Tensor, codebook: torch.Tensor, bias: torch.Tensor, table: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    soft, lse = z.new_empty(z.shape[0], table.shape[1]), z.new_empty(z.shape[0])
-    for rows, scores in _scores(z, codebook, bias, scale):
+def _allocate_forward(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, _, _, width = operands.sizes
+    return operands.z.new_empty(rows, width), operands.z.new_empty(rows)
+
+
+def _chunked_forward(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    soft, lse = _allocate_forward(operands)
+    for rows, scores in _scores(operands):
         torch.logsumexp(scores, dim=1, out=lse[rows])
         scores.sub_(lse[rows, None]).exp_()
-        torch.mm(scores, table, out=soft[rows])
+        torch.mm(scores, operands.table, out=soft[rows])
     return soft, lse
 
 
 def _chunked_backward(
-    grad: torch.Tensor,
-    delta: torch.Tensor,
-    lse: torch.Tensor,
-    z: torch.Tensor,
-    codebook: torch.Tensor,
-    bias: torch.Tensor,
-    table: torch.Tensor,
-    scale: float,
-    needs: list[bool],
+    grad: torch.Tensor, delta: torch.Tensor, lse: torch.Tensor, operands: Operands, needs: list[bool]
 ) -> Gradients:
-    found = Gradients.allocate(z, codebook, bias, table, needs)
+    z, codebook, _, table, scale = operands
+    found = Gradients.allocate(operands, needs)
     scratch: torch.Tensor | None = None
-    for rows, scores in _scores(z, codebook, bias, scale):
+    for rows, scores in _scores(operands):
         weights = scores.sub_(lse[rows, None]).exp_()
         if found.table is not None:
             found.table.addmm_(weights.t(), grad[rows])
@@ -126,14 +136,12 @@ def _chunked_backward(
 # ---- kernels --------------------------------------------------------------------------------------------------------
 
 
-def _cpu_forward(
-    z: torch.Tensor, codebook: torch.Tensor, bias: torch.Tensor, table: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    soft, lse = torch.empty(z.shape[0], table.shape[1]), torch.empty(z.shape[0])
+def _cpu_forward(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    soft, lse = _allocate_forward(operands)
     native.cpu_kernels().soft_readout_cpu(
-        *(operand.data_ptr() for operand in (z, codebook, bias, table)),
-        *(*z.shape[:1], *codebook.shape, table.shape[1]),
-        scale,
+        *(operand.data_ptr() for operand in operands[:4]),
+        *operands.sizes,
+        operands.scale,
         soft.data_ptr(),
         lse.data_ptr(),
     )
@@ -141,29 +149,24 @@ def _cpu_forward(
 
 
 def _cpu_backward(
-    grad: torch.Tensor,
-    delta: torch.Tensor,
-    lse: torch.Tensor,
-    z: torch.Tensor,
-    codebook: torch.Tensor,
-    bias: torch.Tensor,
-    table: torch.Tensor,
-    scale: float,
-    needs: list[bool],
+    grad: torch.Tensor, delta: torch.Tensor, lse: torch.Tensor, operands: Operands, needs: list[bool]
 ) -> Gradients:
-    found = Gradients.allocate(z, codebook, bias, table, needs)
+    found = Gradients.allocate(operands, needs)
     native.cpu_kernels().dual_readout_backward_cpu(
-        *(operand.data_ptr() for operand in (grad, delta, lse, z, codebook, bias, table)),
-        *(*z.shape[:1], *codebook.shape, table.shape[1]),
-        scale,
+        *(operand.data_ptr() for operand in (grad, delta, lse, *operands[:4])),
+        *operands.sizes,
+        operands.scale,
         *(0 if one is None else one.data_ptr() for one in found),
     )
     return found
 
 
 def _triton_kernels() -> Kernels:
-    backward = triton_backend.kernel("dual_readout")
-    return Kernels(triton_backend.kernel("soft_readout"), lambda *operands: Gradients(*backward(*operands)))
+    forward, backward = triton_backend.kernel("soft_readout"), triton_backend.kernel("dual_readout")
+    return Kernels(
+        lambda operands: forward(*operands),
+        lambda grad, delta, lse, operands, needs: Gradients(*backward(grad, delta, lse, *operands, needs)),
+    )
 
 
 KERNELS: Final[dict[str, Callable[[], Kernels]]] = {

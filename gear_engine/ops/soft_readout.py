@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from gear_engine.errors import InvalidRequestError
 from gear_engine.ops import backends, native, triton_backend
-from gear_engine.ops.readout_kernels import KERNELS, scale_and_bias
+from gear_engine.ops.readout_kernels import KERNELS, Operands
 
 __all__ = ["Distance", "check_arguments", "reference", "soft_readout"]
 
@@ -109,9 +109,7 @@ def _run(
 ) -> torch.Tensor:
     if distance == "l2_normalized":
         z, codebook = F.normalize(z, dim=-1), F.normalize(codebook, dim=-1)
-    z, codebook, table = z.contiguous(), codebook.contiguous(), table.contiguous()
-    scale, bias = scale_and_bias(codebook, tau, distance)
-    return KERNELS[backend]().forward(z, codebook, bias, table, scale)[0]
+    return KERNELS[backend]().forward(Operands.make(z, codebook, table, tau, distance))[0]
 
 
 backends.register("soft_readout", "reference", lambda: reference)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 
 from gear_engine.ops import backends, native
 from tests import emulation
+from tests.ops import cpu_paths
 
 
 class OnDevice:
@@ -42,6 +43,13 @@ class OnDevice:
             tensors = {name: self._there(part) for name, part in parts.items() if isinstance(part, torch.Tensor)}
             return dataclasses.replace(x, **tensors)
         return x
+
+
+@pytest.fixture(params=cpu_paths.LEVELS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set in turn, as far as the machine has it."""
+    with cpu_paths.forced(request.param):
+        yield request.param
 
 
 @pytest.fixture

@@ -15,18 +15,6 @@ pytestmark = pytest.mark.skipif(native.unavailable("conv_rows_cpu") is not None,
 SHAPES = [(1, 1, 1, 1, 3, 1), (2, 7, 20, 70, 3, 1), (3, 13, 33, 3, 3, 2), (2, 6, 16, 64, 2, 1), (1, 19, 5, 130, 2, 0)]
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> str:
-    module = native.module()
-    level: str = request.param
-    try:
-        module.set_cpu_isa(level)
-    except ValueError as error:
-        pytest.skip(str(error))
-    request.addfinalizer(lambda: module.set_cpu_isa(module.best_cpu_isa()))
-    return level
-
-
 def _exact(source: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: int) -> torch.Tensor:
     image = source.double().permute(2, 0, 1).unsqueeze(0)
     wide = None if bias is None else bias.double()

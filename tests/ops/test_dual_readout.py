@@ -187,11 +187,10 @@ def test_chunks_hold_a_bounded_number_of_scores(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(readout_kernels, "_BLOCK_SCORES", 23 * 5)
     for got, want in zip(values(dual_readout, inputs, 0.7, "l2", backend="chunked"), whole, strict=True):
         assert torch.allclose(got, want, rtol=1e-12, atol=1e-12)
-    z, codebook, table = inputs
-    bias = codebook.square().sum(dim=1) / -2
+    given = readout_kernels.Operands.make(*inputs, 1.0, "l2")
     with _Largest() as largest:
-        soft, lse = readout_kernels._chunked_forward(z, codebook, bias, table, 2.0)
-        readout_kernels._chunked_backward(soft, soft.sum(1), lse, z, codebook, bias, table, 2.0, [True, True, True])
+        soft, lse = readout_kernels._chunked_forward(given)
+        readout_kernels._chunked_backward(soft, soft.sum(1), lse, given, [True, True, True])
     assert largest.elements == max(5 * 23, soft.numel())
 
 

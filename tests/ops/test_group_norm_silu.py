@@ -16,18 +16,6 @@ BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]
 SHAPES = [(1, 2, 32, 32), (3, 5, 48, 3), (2, 67, 112, 7), (4, 65, 128, 32)]
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> str:
-    module = native.module()
-    level: str = request.param
-    try:
-        module.set_cpu_isa(level)
-    except ValueError as error:
-        pytest.skip(str(error))
-    request.addfinalizer(lambda: module.set_cpu_isa(module.best_cpu_isa()))
-    return level
-
-
 def _moments(x: torch.Tensor, groups: int) -> torch.Tensor:
     moments = torch.empty(x.shape[0], groups, 2, dtype=torch.float64)
     residual_moments(x, None, moments, backend="reference")

@@ -15,18 +15,6 @@ needs_native = pytest.mark.skipif(native.unavailable("residual_moments_cpu") is 
 SHAPES = [(1, 1, 32, 32), (3, 5, 48, 3), (2, 130, 112, 7), (4, 65, 128, 32), (6, 2, 16, 1)]
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> str:
-    module = native.module()
-    level: str = request.param
-    try:
-        module.set_cpu_isa(level)
-    except ValueError as error:
-        pytest.skip(str(error))
-    request.addfinalizer(lambda: module.set_cpu_isa(module.best_cpu_isa()))
-    return level
-
-
 def _source(height: int, width: int, channels: int, phase_offset: int | None, dtype: torch.dtype) -> torch.Tensor:
     if phase_offset is None:
         return (torch.randn(height, width, channels) + 3).to(dtype)
