@@ -9,9 +9,9 @@ import torch
 
 from gear_engine.config import GENERATOR_PRESETS
 from gear_engine.kv_cache import StaticKVCache
+from tests.compat.foreign import GEAR_TEXT_CONFIG, golden_model, plain
 from tests.golden_weights import golden_index, load_golden
 from tests.plain_generator import PlainCache, plain_generate
-from tests.test_compat import GEAR_TEXT_CONFIG, golden_model, plain
 
 
 @pytest.mark.parametrize("name", ["c2i_hd72", "t2i_causal", "t2i_prefix", "llamagen_t2i_hd64"])

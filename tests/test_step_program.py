@@ -18,24 +18,13 @@ import torch
 from gear_engine import step_program
 from gear_engine.cuda_graph import CaptureCost, EagerLauncher, Executor
 from gear_engine.engine import Engine
-from gear_engine.errors import BackendUnavailableError, ConfigError, NumericalError
+from gear_engine.errors import BackendUnavailableError, ConfigError
 from gear_engine.request import ImageRequest, SamplingParams
-from gear_engine.row_table import ARRAYS, RowTable
-from gear_engine.segments import TableRow
 from gear_engine.step_program import ProgramSteps
-from tests.models_for_tests import CLASS, TEXT, captions, fresh_model, small_model
+from tests.models_for_tests import SETTINGS, TEXT, captions, fresh_model, small_model
 
 P = SamplingParams
 CPU = torch.device("cpu")
-SETTINGS = [
-    P(),
-    P(cfg_scale=4.0, temperature=0.9, top_k=20),
-    P(cfg_scale=2.5, cfg_interval=5, top_p=0.9),
-    P(cfg_scale=1.75, temperature=1.1, top_p=0.95),
-    P(sample_logits=False),
-    P(cfg_scale=2.0, cfg_interval=0),
-    P(cfg_scale=3.0, cfg_interval=8, top_k=7, top_p=0.8),
-]
 
 
 def _programs(engine: Engine) -> ProgramSteps:
@@ -242,79 +231,6 @@ def test_a_hundred_rollouts_take_no_more_memory_and_no_new_program() -> None:
     assert int(_programs(engine)._buffers.counter) == _programs(engine)._launched
 
 
-@pytest.mark.parametrize("hit", [1, 2, 5, 6])
-@pytest.mark.parametrize("op", ["sample_tokens", "decode_attention"])
-def test_an_interrupted_step_can_be_repeated(op: str, hit: int) -> None:
-    """Wherever an interrupt falls, the device's counter decides how far the rows are."""
-    expected = Engine(small_model(), max_images=2, backend="reference").generate(
-        [1, 2, 3], SETTINGS[1], max_new_tokens=7
-    )
-    engine = Engine(small_model(), max_images=2, backend="reference", execution="eager")
-    run, calls, interrupts = getattr(engine.ops, op), 0, 0
-
-    def interrupted(*args: Any, **kwargs: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        out: torch.Tensor = run(*args, **kwargs)
-        if calls % 7 == hit:
-            raise KeyboardInterrupt
-        return out
-
-    object.__setattr__(engine.ops, op, interrupted)
-    requests = [ImageRequest(label=i, seed=i - 1, params=SETTINGS[1], max_new_tokens=7) for i in (1, 2, 3)]
-    ids = [engine.add_request(request) for request in requests]
-    done: dict[int, torch.Tensor] = {}
-    while len(done) < 3:
-        try:
-            done.update({finished.request_id: finished.tokens for finished in engine.step()})
-        except KeyboardInterrupt:
-            interrupts += 1
-    assert interrupts > 0
-    assert torch.equal(torch.stack([done[i] for i in ids]), expected)
-
-
-def test_numbers_that_are_not_finite_are_an_error() -> None:
-    engine = Engine(small_model(), max_images=2, execution="eager", backend="reference")
-    expected = engine.generate([1, 2], SETTINGS[1])
-    run, calls = engine.ops.skinny_linear, 0
-
-    def overflowing(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        nonlocal calls
-        out: torch.Tensor = run(x, *args, **kwargs)
-        calls += out.shape[1] == CLASS.vocab_size
-        if calls == 3 and out.shape[1] == CLASS.vocab_size:
-            out[1, 5] = float("inf")
-        return out
-
-    object.__setattr__(engine.ops, "skinny_linear", overflowing)
-    with pytest.raises(NumericalError, match="not finite"):
-        engine.generate([1, 2], SETTINGS[1])
-    assert torch.equal(engine.generate([1, 2], SETTINGS[1]), expected)
-
-
-def test_what_inert_rows_hold_is_not_seen() -> None:
-    """Their logits may be anything: they are not watched, not drawn from, and written nowhere."""
-    engine = Engine(small_model(), max_images=3, execution="eager", backend="reference")
-    run = engine.ops.skinny_linear
-
-    def poisoned(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        out: torch.Tensor = run(x, *args, **kwargs)
-        if len(out) == 4:
-            out[3] = float("nan")
-        return out
-
-    object.__setattr__(engine.ops, "skinny_linear", poisoned)
-    params = P(cfg_scale=2.0, cfg_interval=-1)
-    requests = [ImageRequest(label=1, seed=3, params=params), ImageRequest(label=2, seed=4)]
-    ids = [engine.add_request(request) for request in requests]
-    done: dict[int, torch.Tensor] = {}
-    while engine.num_unfinished:
-        done.update({finished.request_id: finished.tokens for finished in engine.step()})
-    expected = Engine(small_model(), max_images=3, backend="reference").generate([1, 2], [params, P()], seeds=[3, 4])
-    assert torch.equal(torch.stack([done[i] for i in ids]), expected)
-    assert bool(torch.isfinite(engine.cache.kv).all())
-
-
 class TestExecution:
     def test_graphs_need_a_device(self) -> None:
         with pytest.raises(BackendUnavailableError, match="CUDA devices, not on cpu"):
@@ -333,39 +249,6 @@ class TestExecution:
     def test_one_token_needs_no_program(self) -> None:
         engine = Engine(small_model(), max_new_tokens=1, execution="eager")
         assert engine.generate([1, 2]).shape == (2, 1)
-
-
-class TestRowTable:
-    row = TableRow(slot=4, image_slot=4, position=9, partner=1, seed=2**62 + 1, params=P(cfg_scale=2.5, top_p=0.5))
-    other = TableRow(slot=5, image_slot=4, position=9, partner=-1, seed=2**62 + 1, params=row.params)
-
-    def test_layout(self) -> None:
-        table = RowTable(6, CPU)
-        starts = [getattr(table, name).data_ptr() - table.buffer.data_ptr() for name, _ in ARRAYS]
-        assert starts == sorted(starts)
-        assert all(start % 16 == 0 for start in starts)
-        assert all(getattr(table, name).shape == (6,) for name, _ in ARRAYS)
-        assert table.buffer.numel() == RowTable.nbytes(6)
-
-    def test_filled(self) -> None:
-        table = RowTable(4, CPU)
-        table.fill([self.row, self.other], launched=100, vocab_size=61)
-        assert table.slots.tolist() == [4, 5, -1, -1]
-        assert table.image_slots.tolist() == [4, 4, -1, -1]
-        assert table.draw_slots.tolist() == [4, -1, -1, -1]
-        assert table.draws.tolist() == [True, False, False, False]
-        assert table.bases.tolist() == [-91, -91, 0, 0]
-        assert table.partners.tolist() == [1, -1, -1, -1]
-        assert table.seeds.tolist() == [2**62 + 1] * 2 + [0, 0]
-        assert table.top_k.tolist() == [61] * 4
-        assert table.top_p.tolist() == [0.5, 0.5, 1, 1]
-
-    def test_a_copy_of_the_buffer_is_the_table(self) -> None:
-        host, device = RowTable(3, CPU), RowTable(3, CPU)
-        host.fill([self.row], launched=0, vocab_size=61)
-        device.buffer.copy_(host.buffer)
-        for name, _ in ARRAYS:
-            assert torch.equal(getattr(host, name), getattr(device, name))
 
 
 def test_eager_programs_let_go_of_weights() -> None:

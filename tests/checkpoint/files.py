@@ -16,13 +16,8 @@ from tests.golden_weights import golden_weight
 StateDict = dict[str, torch.Tensor]
 
 GENERATOR = GeneratorConfig(dim=48, n_layer=3, n_head=4, ffn_dim=64, vocab_size=64, num_classes=7, block_size=16)
-TEXT = GeneratorConfig(
-    dim=48,
-    n_layer=3,
-    n_head=4,
-    ffn_dim=64,
-    vocab_size=64,
-    block_size=16,
+TEXT = GENERATOR.replace(
+    num_classes=1000,
     conditioning="text",
     cls_token_num=5,
     caption_dim=20,
@@ -39,27 +34,9 @@ VQ = TokenizerConfig(
     num_res_blocks=1,
     downsample=2,
 )
-IBQ = TokenizerConfig(
-    family="ibq",
-    codebook_size=64,
-    codebook_embed_dim=8,
-    z_channels=8,
-    ch=32,
-    ch_mult=(1, 2),
-    num_res_blocks=2,
-    downsample=2,
-    codebook_l2_norm=False,
-)
-LFQ = TokenizerConfig(
-    family="lfq",
-    codebook_size=64,
-    codebook_embed_dim=6,
-    z_channels=6,
-    ch=32,
-    ch_mult=(1, 1, 2),
-    num_res_blocks=1,
-    downsample=4,
-    codebook_l2_norm=False,
+IBQ = VQ.replace(family="ibq", codebook_embed_dim=8, num_res_blocks=2, codebook_l2_norm=False)
+LFQ = VQ.replace(
+    family="lfq", codebook_embed_dim=6, z_channels=6, ch_mult=(1, 1, 2), downsample=4, codebook_l2_norm=False
 )
 #: What a GEAR trainer saves for GENERATOR and VQ (``vars(args)``), as far as it matters and a little more.
 ARGS: dict[str, Any] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,29 +14,31 @@ import torch
 
 from gear_engine.checkpoint import (
     checkpoint_args,
-    checkpoint_hash,
     checkpoint_parts,
+    conversion,
     convert,
     load_generator,
     load_pair,
     load_tokenizer,
     offline_child,
     read_generator,
-    save_pretrained,
 )
-from gear_engine.checkpoint.safetensors_file import write_safetensors
 from gear_engine.cli import convert as command
 from gear_engine.errors import CheckpointError, UnsafeCheckpointError
 from gear_engine.models.transformer import Transformer
 from tests.checkpoint import files
 from tests.checkpoint.files import GENERATOR, HEADS, IBQ, LFQ, TEXT, VQ
-from tests.checkpoint.mutations import disturb, flip
-from tests.checkpoint.test_refusals import Payload
+from tests.checkpoint.refusals import Payload
 
 
 @pytest.fixture
-def stage1(tmp_path: Path) -> Path:
-    return files.save(tmp_path / "stage1.pt", files.stage1())
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversions without the new interpreter, which takes seconds: for tests of what is written."""
+
+    def run(job: dict[str, Any]) -> dict[str, Any]:
+        return {**conversion.run_job(json.loads(json.dumps(job))), "network": "guarded"}
+
+    monkeypatch.setattr(conversion, "_run_offline", run)
 
 
 def run_command(*arguments: str) -> int:
@@ -70,6 +71,7 @@ def test_the_command(stage1: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         read_generator(folder, ema=False)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_dtypes_and_the_text_encoders_name_survive(tmp_path: Path) -> None:
     state = {name: tensor.bfloat16() for name, tensor in files.generator_state(TEXT).items()}
     args = {"text_encoder": "Qwen/Qwen3-1.7B", "text_max_len": 5, "cls_token_num": 5, "data_dir": "/secret"}
@@ -135,109 +137,7 @@ def test_a_full_disk_is_no_fault_of_the_checkpoint(stage1: Path, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["stage1.pt"]
 
 
-def test_save_pretrained_and_damage(stage1: Path, tmp_path: Path) -> None:
-    pair, folder = load_pair(stage1, **HEADS), tmp_path / "saved"
-    save_pretrained(folder, pair.generator, pair.tokenizer)
-    assert files.equal(load_tokenizer(folder).state_dict(), files.tokenizer_state())
-    digest = checkpoint_hash(folder)
-    with pytest.raises(CheckpointError, match="not empty"):
-        save_pretrained(folder, pair.generator)
-    weights = folder / "generator.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-100] ^= 1
-    weights.write_bytes(data)
-    assert checkpoint_hash(folder) != digest
-    with pytest.raises(CheckpointError, match="SHA-256"):
-        load_generator(folder)
-    (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"without config\.json"):
-        load_tokenizer(folder)
-    with pytest.raises(CheckpointError, match="nothing to save"):
-        save_pretrained(tmp_path / "empty")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"format": "other"},
-        {"version": 2},
-        {"generator": None},
-        {"generator": {"config": {"dim": 47}}},
-        {"generator": {"config": {"dim": 48, "unknown": 1}}},
-        {"generator": []},
-        {"generator": {"config": {"dim": "48", "n_layer": [], "n_head": None}}},
-    ],
-)
-def test_a_wrong_description(stage1: Path, tmp_path: Path, change: dict[str, Any]) -> None:
-    folder = tmp_path / "saved"
-    save_pretrained(folder, load_generator(stage1, **HEADS))
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(CheckpointError):
-        load_generator(folder)
-    path.write_text("[" * 100_000)
-    with pytest.raises(CheckpointError):
-        load_generator(folder)
-
-
-@pytest.mark.parametrize(
-    ("part", "field", "value", "match"),
-    [
-        ("generator", "n_layer", 10**9, "n_layer: config.json says 1000000000, but generator.safetensors says 3"),
-        ("generator", "dim", 10**6, "dim: config.json says 1000000, but generator.safetensors says 48"),
-        ("generator", "num_classes", 8, "has_uncond_class: config.json says True"),
-        ("generator", "vocab_size", 10**30, "out of every range"),
-        ("tokenizer", "ch_mult", [1, 4], "ch_mult"),
-        ("tokenizer", "num_res_blocks", 10**9, "num_res_blocks"),
-        ("tokenizer", "codebook_embed_dim", 10**12, "out of every range"),
-        ("tokenizer", "codebook_embed_dim", "x", "not possible"),
-    ],
-)
-def test_a_description_of_other_weights(
-    stage1: Path, tmp_path: Path, part: str, field: str, value: Any, match: str
-) -> None:
-    folder = tmp_path / "saved"
-    pair = load_pair(stage1, **HEADS)
-    save_pretrained(folder, pair.generator, pair.tokenizer)
-    description = json.loads((folder / "config.json").read_text())
-    description[part]["config"][field] = value
-    (folder / "config.json").write_text(json.dumps(description))
-    with pytest.raises(CheckpointError, match=match):
-        load_pair(folder)
-
-
-def test_many_mutated_descriptions(stage1: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "saved"
-    save_pretrained(folder, load_generator(stage1, **HEADS))
-    path = folder / "config.json"
-    text, rng, loaded = path.read_bytes(), random.Random(0), 0
-    for index in range(400):
-        path.write_bytes(flip(rng, text) if index % 2 else disturb(rng, text))
-        try:
-            config, state, _ = read_generator(folder)
-        except CheckpointError:
-            continue
-        loaded += 1
-        assert files.generator_shapes(config) == files.generator_shapes(GENERATOR)
-        assert files.equal(state, files.generator_state())
-    assert 0 < loaded < 300
-
-
-def test_folder_overrides_must_agree(stage1: Path, tmp_path: Path) -> None:
-    save_pretrained(tmp_path / "saved", load_generator(stage1, **HEADS))
-    assert load_generator(tmp_path / "saved", n_head=4, image_size=64).config == GENERATOR
-    with pytest.raises(CheckpointError, match=r"config\.json says 4.*your n_head says 2"):
-        load_generator(tmp_path / "saved", n_head=2)
-
-
-def test_our_safetensors_are_the_librarys(tmp_path: Path) -> None:
-    import safetensors.torch
-
-    state = {**files.generator_state(), "half": torch.randn(3, 5).half(), "strided": torch.randn(4, 6).t()}
-    write_safetensors(tmp_path / "x.safetensors", state, {"format": "pt"})
-    assert files.equal(safetensors.torch.load_file(tmp_path / "x.safetensors"), state)
-
-
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("kind", ["class", "causal", "prefix", "llamagen"])
 def test_a_converted_folder_samples_the_same_tokens(tmp_path: Path, kind: str) -> None:
     """Also what is in no weight, the text attention, comes with the folder."""
@@ -275,6 +175,7 @@ def test_a_converted_folder_samples_the_same_tokens(tmp_path: Path, kind: str) -
     assert torch.equal(tokens(converted), expected)
 
 
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("name", ["vq", "vq not normalised", "ibq", "lfq", "glfq"])
 def test_a_converted_tokenizer_decodes_alike(tmp_path: Path, name: str) -> None:
     """Also what is in no weight, groups of bits and normalised codes, comes with the folder."""

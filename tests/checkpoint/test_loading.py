@@ -17,7 +17,7 @@ from gear_engine.errors import CheckpointError, UnsafeCheckpointError
 from gear_engine.hub import local_path
 from tests.checkpoint import files
 from tests.checkpoint.files import HEADS
-from tests.checkpoint.test_refusals import STATE, refused, save
+from tests.checkpoint.refusals import STATE, refused, save
 
 
 def test_views_of_one_storage(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from gear_engine.config import TokenizerConfig
 from gear_engine.training import (
     AlignmentConfig,
     ArraySource,
@@ -20,43 +19,16 @@ from gear_engine.training import (
     OutputConfig,
     TrainConfig,
 )
+from tests.checkpoint.files import VQ
 
 SIZE = 8
 CLASSES = 3
 
+_VQ = VQ.replace(codebook_size=16, ch_mult=(1, 1))
 TOKENIZERS = {
-    "vq": TokenizerConfig(
-        family="vq",
-        codebook_size=16,
-        codebook_embed_dim=4,
-        z_channels=8,
-        ch=32,
-        ch_mult=(1, 1),
-        num_res_blocks=1,
-        downsample=2,
-    ),
-    "ibq": TokenizerConfig(
-        family="ibq",
-        codebook_size=16,
-        codebook_embed_dim=6,
-        z_channels=6,
-        ch=32,
-        ch_mult=(1, 1),
-        num_res_blocks=1,
-        downsample=2,
-        codebook_l2_norm=False,
-    ),
-    "lfq": TokenizerConfig(
-        family="lfq",
-        codebook_size=16,
-        codebook_embed_dim=4,
-        z_channels=4,
-        ch=32,
-        ch_mult=(1, 1),
-        num_res_blocks=1,
-        downsample=2,
-        codebook_l2_norm=False,
-    ),
+    "vq": _VQ,
+    "ibq": _VQ.replace(family="ibq", codebook_embed_dim=6, z_channels=6, codebook_l2_norm=False),
+    "lfq": _VQ.replace(family="lfq", codebook_embed_dim=4, z_channels=4, codebook_l2_norm=False),
 }
 
 
