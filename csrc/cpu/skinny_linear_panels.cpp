@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kBf16Rows = 4;  // rows at once
 constexpr int kInt8Rows = 4;
-constexpr int kAhead = 2048;  // bytes; hides the latency that the hardware's prefetcher leaves
+constexpr int kAhead = 4096;  // bytes; hides the latency that the hardware's prefetcher leaves
 
 template <class Bits>
 inline Bits group_at(const void* x) {
