@@ -142,6 +142,7 @@ def _timed_ops(engine: Engine, clock: _Clock) -> GeneratorOps:
         decode_attention=clock.timed(lambda *args, **kwargs: "attention", ops.decode_attention),
         sample_tokens=clock.timed(lambda *args, **kwargs: "sample_tokens", ops.sample_tokens),
         decode_step=None,
+        decode_steps=None,
     )
 
 

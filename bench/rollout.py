@@ -149,7 +149,8 @@ def share_outside(engine: Engine, labels: list[int], tokens: int) -> float:
     """Percent of a rollout's time spent outside the compiled calls; Philox draws, which are made inside them."""
     module = native.module()
     clock = _Clock()
-    kept = {name: getattr(module, name) for name in ("decode_step_cpu", "sample_tokens_cpu", "skinny_linear_cpu")}
+    names = ("decode_step_cpu", "decode_steps_cpu", "sample_tokens_cpu", "skinny_linear_cpu")
+    kept = {name: getattr(module, name) for name in names}
     try:
         for name, function in kept.items():
             setattr(module, name, clock.around(function))

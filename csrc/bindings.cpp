@@ -4,6 +4,7 @@
 #include "cpu/conv_rows.h"
 #include "cpu/decode_attention.h"
 #include "cpu/decode_step.h"
+#include "cpu/decode_steps.h"
 #include "cpu/dual_readout.h"
 #include "cpu/group_norm_silu.h"
 #include "cpu/isa.h"
@@ -50,6 +51,7 @@ PYBIND11_MODULE(_C, m) {
   op(m, "conv_rows_pack_cpu", &gear::cpu::conv_rows_pack);
   op(m, "decode_attention_cpu", &gear::cpu::decode_attention);
   op(m, "decode_step_cpu", &gear::cpu::decode_step);
+  op(m, "decode_steps_cpu", &gear::cpu::decode_steps);
   op(m, "dual_readout_backward_cpu", &gear::cpu::dual_readout_backward);
   op(m, "group_norm_silu_cpu", &gear::cpu::group_norm_silu);
   op(m, "philox_cpu", &gear::cpu::philox_noise);

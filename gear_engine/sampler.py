@@ -90,10 +90,14 @@ class TorchNoise:
 
 
 class PhiloxNoise:
-    """A counter-based stream per image, keyed (seed, position): see :mod:`gear_engine.ops.philox`."""
+    """A counter-based stream per image, keyed (seed, position): see :mod:`gear_engine.ops.philox`.
+
+    Attributes:
+        seeds: int64 (B,).
+    """
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self._seeds = torch.tensor(seeds, dtype=torch.int64, device=device)
+        self.seeds = torch.tensor(seeds, dtype=torch.int64, device=device)
 
     def begin(self, table: SamplingTable, vocab_size: int, device: torch.device) -> None:
         """Nothing: the noise is made where it is used."""
@@ -101,7 +105,7 @@ class PhiloxNoise:
     def sample(
         self, ops: GeneratorOps, logits: torch.Tensor, table: SamplingTable, positions: torch.Tensor
     ) -> torch.Tensor:
-        return ops.sample_tokens(logits, table, seeds=self._seeds, positions=positions)
+        return ops.sample_tokens(logits, table, seeds=self.seeds, positions=positions)
 
 
 class FiniteWatch:
@@ -124,6 +128,11 @@ class FiniteWatch:
                 self._host_sum += float(np.add.reduce(logits.numpy(), axis=None))
             return
         self._sum.add_(logits.sum() if live is None else logits.sum(dim=1).masked_fill(~live, 0.0).sum())
+
+    def report(self, *, finite: bool) -> None:
+        """Takes in steps whose logits somebody else has looked at."""
+        if not finite:
+            self._host_sum = math.nan
 
     def broken(self) -> bool:
         """Whether a number seen since :meth:`clear` was not finite; waits for the device."""

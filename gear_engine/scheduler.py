@@ -75,6 +75,11 @@ class ScheduledBatch:
         object.__setattr__(self, "slots", (*(image.cond_slot for image in self.images), *uncond))
 
     @property
+    def steps_alike(self) -> int:
+        """Steps until the rows change, if nobody joins."""
+        return min(image.steps_alike for image in self.images)
+
+    @property
     def first_slot(self) -> int | None:
         """The first slot, if the rows lie in consecutive slots."""
         first = self.slots[0]

@@ -93,5 +93,4 @@ def plan_segment(batch: ScheduledBatch, max_rows: int, limit: int) -> Segment:
         for image in images
         if image.uncond_slot is not None
     ]
-    steps = min(limit, *(image.steps_alike for image in images))
-    return Segment(bucket_for(len(rows), max_rows), tuple(rows), len(images), steps)
+    return Segment(bucket_for(len(rows), max_rows), tuple(rows), len(images), min(limit, batch.steps_alike))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 import torch
 
@@ -14,14 +15,19 @@ from gear_engine.ops import GeneratorOps
 from gear_engine.prefixes import PrefixEncoder, label_rows
 from gear_engine.rows import RowTensors
 from gear_engine.runner import decode_step, prefill
-from gear_engine.sampler import FiniteWatch, Noise
+from gear_engine.sampler import FiniteWatch, Noise, PhiloxNoise
 from gear_engine.scheduler import ScheduledBatch, ScheduledImage
 
 __all__ = ["Steps", "TokensSoFar"]
 
+#: A compiled call that makes several steps begins none after so many seconds: signals are seen between calls.
+CALL_SECONDS: Final = 0.25
+
 
 class Steps:
-    """Runs batches on exactly their rows, by one call per op.
+    """Runs batches on exactly their rows, by one call per op, or per several steps where there is an op for that.
+
+    Steps under ``rng="torch"``, whose noise is drawn by torch, are always made one at a time.
 
     Attributes:
         cache: keys and values.
@@ -67,10 +73,27 @@ class Steps:
         self._draw(rows, logits, torch.zeros_like(rows.cond_slots), 0)
 
     def decode(self, weights: GeneratorWeights, batch: ScheduledBatch, noise: Noise | None, limit: int) -> int:
-        """The next token of every image of ``batch``; returns the number of steps made, at most ``limit``."""
+        """The next tokens of every image of ``batch``; returns the number of steps made, at most ``limit``."""
         rows = self._row_tensors(batch, noise)
-        rows.noise.begin(rows.table, self.config.vocab_size, self.device)
         positions = rows.positions(batch)  # [R], of the tokens to be drawn
+        if self.ops.decode_steps is not None and isinstance(rows.noise, PhiloxNoise):
+            made, finite = self.ops.decode_steps(
+                weights,
+                self.cache,
+                self.config.n_head,
+                self.config.norm_eps,
+                rows.slots,
+                self.tokens,
+                rows.cond_slots,
+                positions[: len(batch.images)],
+                rows.table,
+                rows.noise.seeds,
+                min(limit, batch.steps_alike),
+                seconds=CALL_SECONDS,
+            )
+            self.watch.report(finite=finite)
+            return made
+        rows.noise.begin(rows.table, self.config.vocab_size, self.device)
         fed = positions - 1
         position = batch.images[0].drawn if rows.in_step else None
         # One column of the table is read and written several times faster than single entries of it.

@@ -18,6 +18,7 @@ from gear_engine.ops import (
     conv_rows,
     decode_attention,
     decode_step,
+    decode_steps,
     dual_readout,
     group_norm_silu,
     philox,
@@ -35,6 +36,7 @@ __all__ = [
     "conv_rows",
     "decode_attention",
     "decode_step",
+    "decode_steps",
     "dual_readout",
     "group_norm_silu",
     "philox",
@@ -55,6 +57,8 @@ class GeneratorOps:
         backends: the backend chosen for each of them.
         decode_step: the whole model in one call, where the compiled CPU backend was chosen for its parts; see
             :mod:`gear_engine.ops.decode_step`.
+        decode_steps: several steps and their Philox draws in one call, where it was chosen for ``sample_tokens`` too;
+            see :mod:`gear_engine.ops.decode_steps`.
     """
 
     decode_attention: Callable[..., torch.Tensor]
@@ -62,6 +66,7 @@ class GeneratorOps:
     sample_tokens: Callable[..., torch.Tensor]
     backends: Mapping[str, str]
     decode_step: Callable[..., torch.Tensor] | None = None
+    decode_steps: Callable[..., tuple[int, bool]] | None = None
 
     @classmethod
     def resolve(
@@ -96,6 +101,8 @@ class GeneratorOps:
             chosen[op] = implementation.backend
         if chosen["skinny_linear"] == chosen["decode_attention"] == "cpu":
             found["decode_step"] = backends.resolve("decode_step", device, dtype, "cpu").load()
+            if chosen["sample_tokens"] == "cpu":
+                found["decode_steps"] = backends.resolve("decode_steps", device, dtype, "cpu").load()
         if chosen["skinny_linear"] == "cuda":
             # What runs before a layer in an engine's stream writes its input, never its weights.
             found["skinny_linear"] = functools.partial(found["skinny_linear"], overlap=True)

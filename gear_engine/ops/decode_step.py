@@ -26,7 +26,7 @@ import torch
 from gear_engine.ops import backends, decode_attention, native, skinny_linear
 from gear_engine.ops.skinny_linear import Weight, weight_operands
 
-__all__ = ["Block", "Cache", "Model", "decode_step", "reference"]
+__all__ = ["Block", "Cache", "Model", "ModelWords", "decode_step", "reference"]
 
 
 class Block(Protocol):
@@ -136,17 +136,34 @@ def reference(
     return linear(h, weights.output, norm_weight=weights.norm, norm_eps=norm_eps).float()
 
 
-class _Step:
-    """Compiled. A row's bits depend on that row, its slot's cache and the weights only.
+class ModelWords:
+    """The description of weights and cache for compiled steps.
 
-    The description of weights and cache is made at the first step with them and kept: it takes longer than a block's
-    int8 products do. Neither object is kept alive; their tensors stay where they are as long as they live.
+    Made at the first step with them and kept: it takes longer than a block's int8 products do. Neither object is kept
+    alive; their tensors stay where they are as long as they live.
     """
 
     def __init__(self) -> None:
         self._bound: Callable[[], tuple[Model | None, Cache | None]] = lambda: (None, None)
         self._words = array("q")
         self._key: tuple[int, ...] = ()
+
+    def address(self, weights: Model, cache: Cache, n_head: int) -> int:
+        """Where the words are until the next call."""
+        key = (n_head, cache.kv.data_ptr(), weights.tok_embeddings.data_ptr())
+        bound = self._bound()
+        if bound[0] is not weights or bound[1] is not cache or self._key != key:
+            self._words = array("q", _describe(weights, cache, n_head))
+            weights_ref, cache_ref = weakref.ref(weights), weakref.ref(cache)
+            self._bound, self._key = lambda: (weights_ref(), cache_ref()), key
+        return self._words.buffer_info()[0]
+
+
+class _Step:
+    """Compiled. A row's bits depend on that row, its slot's cache and the weights only."""
+
+    def __init__(self) -> None:
+        self._words = ModelWords()
 
     def __call__(
         self,
@@ -158,16 +175,10 @@ class _Step:
         positions: torch.Tensor,
         tokens: torch.Tensor,
     ) -> torch.Tensor:
-        key = (n_head, cache.kv.data_ptr(), weights.tok_embeddings.data_ptr())
-        bound = self._bound()
-        if bound[0] is not weights or bound[1] is not cache or self._key != key:
-            self._words = array("q", _describe(weights, cache, n_head))
-            weights_ref, cache_ref = weakref.ref(weights), weakref.ref(cache)
-            self._bound, self._key = lambda: (weights_ref(), cache_ref()), key
         slots, positions, tokens = slots.contiguous(), positions.contiguous(), tokens.contiguous()
         logits = torch.empty(tokens.shape[0], weights.tok_embeddings.shape[0])
         native.cpu_kernels().decode_step_cpu(
-            self._words.buffer_info()[0], norm_eps, tokens.shape[0], tokens.data_ptr(), slots.data_ptr(),
+            self._words.address(weights, cache, n_head), norm_eps, tokens.shape[0], tokens.data_ptr(), slots.data_ptr(),
             positions.data_ptr(), logits.data_ptr(),
         )  # fmt: skip
         return logits

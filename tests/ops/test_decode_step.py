@@ -9,67 +9,18 @@ import weakref
 import pytest
 import torch
 
-from gear_engine.config import GeneratorConfig
-from gear_engine.kv_cache import StaticKVCache
-from gear_engine.models.weights import GeneratorWeights, expected_shapes
 from gear_engine.ops import GeneratorOps, backends
 from gear_engine.ops.decode_step import decode_step, reference
 from gear_engine.runner import decode_step as run_step
 from tests.golden_weights import relative_error
 from tests.ops.cpu_paths import PATHS, forced, threads
-
-CPU = torch.device("cpu")
-CONFIG = GeneratorConfig(
-    dim=144, n_layer=3, n_head=4, n_kv_head=2, ffn_dim=200, vocab_size=301, block_size=100, num_classes=10
-)
-FORMATS = {
-    "float32": (torch.float32, None),
-    "bfloat16": (torch.bfloat16, None),
-    "bfloat16 packed": (torch.bfloat16, "bf16"),
-    "float32, bf16 weights": (torch.float32, "bf16"),
-    "bfloat16, int8 weights": (torch.bfloat16, "int8"),
-}
-
-
-def _weights(name: str) -> GeneratorWeights:
-    rng = torch.Generator().manual_seed(1)
-    state = {
-        key: torch.randn(*shape, generator=rng) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.1) + (len(shape) == 1)
-        for key, shape in expected_shapes(CONFIG).items()
-    }
-    dtype, kind = FORMATS[name]
-    return GeneratorWeights.from_state_dict(CONFIG, state).to(CPU, dtype, kind)  # type: ignore[arg-type]
-
-
-class Sequences:
-    """Rows with filled caches of their own."""
-
-    def __init__(self, count: int, dtype: torch.dtype) -> None:
-        rng = torch.Generator().manual_seed(2)
-        shape = StaticKVCache.shape(CONFIG, count, CONFIG.block_size)
-        self.kv = torch.randn(*shape, generator=rng).to(dtype)
-        self.kv[:, 0, :, :, 0] = 0
-        self.bias = torch.randn(count, generator=rng)
-        self.positions = torch.randint(0, CONFIG.block_size, (count,), generator=rng)
-        self.tokens = torch.randint(0, CONFIG.vocab_size, (count,), generator=rng)
-
-    def cache(self, order: list[int], slots: list[int]) -> StaticKVCache:
-        cache = StaticKVCache(CONFIG, max(slots) + 1, CONFIG.block_size, self.kv.dtype, CPU)
-        cache.kv[:, :, slots] = self.kv[:, :, order]
-        cache.prefix_bias[slots] = self.bias[order]
-        return cache
-
-    def step(self, weights: GeneratorWeights, order: list[int], slots: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        cache = self.cache(order, slots)
-        where = torch.tensor(slots), self.positions[order], self.tokens[order]
-        logits = decode_step(weights, cache, CONFIG.n_head, CONFIG.norm_eps, *where, backend="cpu")
-        return logits, cache.kv[:, :, slots]
+from tests.ops.decode_inputs import CONFIG, CPU, FORMATS, Sequences, weights_of
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_has_the_bits_of_the_ops_one_by_one(path: str, name: str) -> None:
-    weights = _weights(name)
+    weights = weights_of(name)
     sequences = Sequences(5, weights.dtype)
     rows = list(range(5))
     with forced(path):
@@ -86,7 +37,7 @@ def test_has_the_bits_of_the_ops_one_by_one(path: str, name: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_bits_do_not_depend_on_batch_slot_or_threads(path: str, name: str) -> None:
-    weights = _weights(name)
+    weights = weights_of(name)
     sequences = Sequences(34, weights.dtype)
     with forced(path):
         with threads(1):
@@ -102,7 +53,7 @@ def test_bits_do_not_depend_on_batch_slot_or_threads(path: str, name: str) -> No
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_agrees_with_the_reference(path: str, name: str) -> None:
-    weights = _weights(name)
+    weights = weights_of(name)
     sequences = Sequences(3, weights.dtype)
     rows = list(range(3))
     with forced(path):
@@ -124,7 +75,7 @@ def test_is_what_the_compiled_backend_runs() -> None:
 
 @pytest.mark.parametrize(("field", "value"), [("tokens", 301), ("tokens", -1), ("positions", 100), ("slots", 5)])
 def test_indices_are_checked_before_anything_is_written(field: str, value: int) -> None:
-    weights = _weights("float32")
+    weights = weights_of("float32")
     sequences = Sequences(2, torch.float32)
     cache = sequences.cache([0, 1], [0, 1])
     indices = {"slots": torch.arange(2), "positions": sequences.positions, "tokens": sequences.tokens}
@@ -139,14 +90,14 @@ def test_weights_must_fit_the_cache() -> None:
     where = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match="dtype"):
         decode_step(
-            _weights("float32"), sequences.cache([0], [0]), CONFIG.n_head, 1e-5, where, where, where, backend="cpu"
+            weights_of("float32"), sequences.cache([0], [0]), CONFIG.n_head, 1e-5, where, where, where, backend="cpu"
         )
 
 
 def test_a_bound_step_follows_its_operands() -> None:
     """The description that the compiled step keeps is made anew for other weights or another cache."""
     run = backends.resolve("decode_step", CPU, torch.float32, "cpu").load()
-    first, second = _weights("float32"), _weights("float32")
+    first, second = weights_of("float32"), weights_of("float32")
     second.tok_embeddings.mul_(-1)
     index = torch.tensor([0, 1]), torch.tensor([3, 4]), torch.tensor([5, 6])
     caches = [Sequences(2, torch.float32).cache([0, 1], [0, 1]) for _ in range(2)]

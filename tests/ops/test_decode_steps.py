@@ -1,0 +1,171 @@
+"""Several steps in one call draw the tokens of the ops that they are made of, and touch nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from gear_engine.kv_cache import StaticKVCache
+from gear_engine.ops import GeneratorOps
+from gear_engine.ops.decode_step import decode_step
+from gear_engine.ops.decode_steps import decode_steps
+from gear_engine.ops.sample_tokens import SamplingTable, sample_tokens
+from gear_engine.request import SamplingParams
+from tests.ops.cpu_paths import PATHS, forced, threads
+from tests.ops.decode_inputs import CONFIG, CPU, FORMATS, Sequences, weights_of
+
+P = SamplingParams
+SETTINGS = [P(cfg_scale=3.0, top_k=20), P(), P(cfg_scale=1.5, top_p=0.9), P(sample_logits=False), P(cfg_scale=2.0)]
+GUIDED = [params.cfg_scale > 1 for params in SETTINGS]
+OWNERS = [0, 1, 2, 3, 4, 0, 2, 4]  # image of every row
+STEPS = 4
+
+
+class Batch:
+    """Five images at positions of their own, three of them guided, in slots and table rows out of order."""
+
+    def __init__(self, dtype: torch.dtype, settings: list[SamplingParams] | None = None) -> None:
+        rows = list(range(8))
+        self.slots = torch.tensor([3, 8, 0, 5, 1, 7, 2, 4])
+        self.cache: StaticKVCache = Sequences(8, dtype).cache(rows, self.slots.tolist())
+        rng = torch.Generator().manual_seed(3)
+        self.tokens = torch.randint(0, CONFIG.vocab_size, (10, CONFIG.block_size), generator=rng)
+        self.token_rows = self.slots[:5].clone()
+        self.positions = torch.tensor([1, 50, CONFIG.block_size - STEPS, 7, 7])
+        self.table = SamplingTable.build(settings or SETTINGS, GUIDED, CONFIG.vocab_size, CPU)
+        self.seeds = torch.tensor([5, 2**40, 0, 1, 9])
+
+    def run(self, weights: Any, backend: str = "cpu", steps: int = STEPS, **options: Any) -> tuple[int, bool]:
+        return decode_steps(
+            *(weights, self.cache, CONFIG.n_head, CONFIG.norm_eps, self.slots, self.tokens, self.token_rows),
+            *(self.positions, self.table, self.seeds, steps),
+            backend=backend,
+            **options,
+        )
+
+    def run_one_by_one(self, weights: Any) -> None:
+        owners = torch.tensor(OWNERS)
+        for drawn in range(STEPS):
+            at = self.positions + drawn
+            fed = at[owners] - 1
+            given = self.tokens[self.token_rows[owners], fed]
+            where = self.slots, fed, given
+            logits = decode_step(weights, self.cache, CONFIG.n_head, CONFIG.norm_eps, *where, backend="cpu")
+            draws = sample_tokens(logits, self.table, seeds=self.seeds, positions=at, backend="cpu")
+            self.tokens[self.token_rows, at] = draws
+
+    def assert_equal(self, other: Batch) -> None:
+        assert torch.equal(self.tokens, other.tokens)
+        assert torch.equal(self.cache.kv, other.cache.kv)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_draws_the_tokens_of_single_steps(path: str, name: str) -> None:
+    weights = weights_of(name)
+    expected = Batch(weights.dtype)
+    before = expected.tokens.clone()
+    with forced(path):
+        with threads(1):
+            expected.run_one_by_one(weights)
+        assert int((expected.tokens != before).sum()) > 15
+        for count in (1, 2, 5):
+            found = Batch(weights.dtype)
+            with threads(count):
+                assert found.run(weights) == (STEPS, True)
+            found.assert_equal(expected)
+
+
+def test_agrees_with_the_reference() -> None:
+    weights = weights_of("float32")
+    expected, found = Batch(weights.dtype), Batch(weights.dtype)
+    assert found.run(weights) == expected.run(weights, "reference") == (STEPS, True)
+    assert torch.equal(found.tokens, expected.tokens)
+
+
+def test_steps_come_in_any_portions() -> None:
+    weights = weights_of("bfloat16, int8 weights")
+    expected, found = Batch(weights.dtype), Batch(weights.dtype)
+    expected.run(weights)
+    assert found.run(weights, steps=1) == (1, True)
+    found.positions += 1
+    assert found.run(weights, steps=3, seconds=0.0) == (1, True), "no time for another step"
+    found.positions += 1
+    assert found.run(weights, steps=2, seconds=1e9) == (2, True)
+    found.assert_equal(expected)
+
+
+@pytest.mark.parametrize("row", range(8))
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_tells_when_logits_are_not_finite(backend: str, row: int) -> None:
+    weights = weights_of("float32")
+    found = Batch(weights.dtype)
+    found.cache.kv[-1, 1, found.slots[row], 1, 0] = float("nan")
+    assert found.run(weights, backend) == (STEPS, False)
+
+
+@pytest.mark.parametrize(
+    ("field", "index", "value"),
+    [
+        ("slots", 7, 9),
+        ("slots", 0, -1),
+        ("token_rows", 4, 10),
+        ("token_rows", 0, -1),
+        ("positions", 1, 0),
+        ("positions", 2, CONFIG.block_size - STEPS + 1),
+        ("positions", 1, 2**62),
+        ("uncond_rows", 0, 8),
+        ("uncond_rows", 0, 1),
+        ("uncond_rows", 0, 6),
+        ("uncond_rows", 2, -1),
+        ("uncond_rows", 1, -2),
+    ],
+)
+def test_indices_are_checked_before_anything_is_written(field: str, index: int, value: int) -> None:
+    weights = weights_of("float32")
+    found = Batch(weights.dtype)
+    getattr(found.table if field == "uncond_rows" else found, field)[index] = value
+    with pytest.raises(IndexError):
+        found.run(weights)
+    found.assert_equal(Batch(weights.dtype))
+
+
+def test_a_first_token_outside_the_vocabulary() -> None:
+    weights = weights_of("float32")
+    found, expected = Batch(weights.dtype), Batch(weights.dtype)
+    found.tokens[8, 49] = expected.tokens[8, 49] = CONFIG.vocab_size
+    with pytest.raises(IndexError, match="vocabulary"):
+        found.run(weights)
+    found.assert_equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slots": torch.zeros(7, dtype=torch.int64)}, "slots"),
+        ({"seeds": torch.zeros(5, dtype=torch.int32)}, "seeds"),
+        ({"positions": torch.ones(8, dtype=torch.int64)}, "positions"),
+        ({"token_rows": torch.zeros(5)}, "token_rows"),
+        ({"tokens": torch.zeros(10, 200, dtype=torch.int64)[:, ::2]}, "contiguous"),
+        ({"tokens": torch.zeros(10, 100, dtype=torch.int32)}, "int64"),
+    ],
+)
+def test_tensors_must_fit(change: dict[str, torch.Tensor], message: str) -> None:
+    weights = weights_of("float32")
+    found = Batch(weights.dtype)
+    vars(found).update(change)
+    with pytest.raises(ValueError, match=message):
+        found.run(weights)
+
+
+def test_there_must_be_a_step() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        Batch(torch.float32).run(weights_of("float32"), steps=0)
+
+
+def test_is_what_runs_where_all_parts_are_compiled() -> None:
+    assert GeneratorOps.resolve(CPU, torch.bfloat16, "cpu").decode_steps is not None
+    for op in ("skinny_linear", "decode_attention", "sample_tokens"):
+        assert GeneratorOps.resolve(CPU, torch.float32, {op: "reference"}).decode_steps is None
