@@ -214,7 +214,7 @@ class Engine:
             condition: int64 labels (B,) (tensor or sequence), or a :class:`TextCondition` of B captions.
             params: settings of all images, or one per image; None means the defaults.
             rng: ``"philox"``: any B, images wait for slots. ``"torch"``: B <= max_images, all images in step, noise
-                drawn from ``generator`` in the official order.
+                drawn from ``generator`` in the official order, and decode steps are made one at a time.
             seeds: Philox only: one per image; None means 0 ... B - 1.
             generator: torch only; None means the global one of the engine's device.
             max_new_tokens: tokens per image; None means the engine's maximum.

@@ -66,8 +66,8 @@ def test_equal_tokens(options: dict[str, Any], count: int, monkeypatch: pytest.M
         monkeypatch.setattr(steps_module, "CALL_SECONDS", 1e9)
         made = _spied(engine)
         assert torch.equal(engine.generate(**arguments), expected)
-        # Tokens 1 ... 15, the rows change after 1 (or not at all) and 6.
-        assert made == [6, 9, 1, 14] or max(made) > 5
+        # After token 0, rows leave when guidance ends: behind token 6 of the third image, token 1 of the last.
+        assert made == [6, 9, 1, 14]
         monkeypatch.setattr(steps_module, "CALL_SECONDS", 0.0)
         made.clear()
         assert torch.equal(engine.generate(**arguments), expected)
@@ -91,7 +91,7 @@ def test_images_that_join_and_leave(options: dict[str, Any]) -> None:
     assert all(torch.equal(found[0][i], found[1][i]) for i in range(6))
 
 
-def test_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captions() -> None:
     engine = Engine(small_model(TEXT), max_images=6)
     found = engine.generate(captions(), SETTINGS[1])
     object.__setattr__(engine.ops, "decode_steps", None)
