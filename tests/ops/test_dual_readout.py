@@ -43,8 +43,12 @@ def values(function: Any, inputs: list[torch.Tensor], tau: float, distance: str,
     """(soft, gradients of all three operands) under a fixed random upstream gradient, and the indices last."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     indices, soft = function(*leaves, tau, distance, **options)
-    upstream = torch.randn(soft.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return [soft.detach(), *torch.autograd.grad(soft, leaves, upstream.to(soft)), indices]
+    return [soft.detach(), *torch.autograd.grad(soft, leaves, upstream_of(soft).to(soft)), indices]
+
+
+def upstream_of(soft: torch.Tensor) -> torch.Tensor:
+    """The fixed random gradient, in double precision."""
+    return torch.randn(soft.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("backend", "dtype", "level"), WAYS)
@@ -76,10 +80,12 @@ def test_matches_the_materialised_form(
         *actual, indices = values(dual_readout, inputs, tau, distance, backend=backend)
     *expected, _ = values(reference, [x.double() for x in inputs], tau, distance)
     assert torch.equal(indices, reference(*inputs, tau, distance)[0])  # type: ignore[arg-type]
-    # Rounding of the scores is divided by tau, and a gradient of differences that cancel is as wrong as its terms.
+    # Rounding of the scores is divided by tau, and a gradient of differences that cancel is as wrong as its terms:
+    # (upstream . table's row) / tau for the latents and the codebook.
     tolerance = max(1e-4, 1e-5 / tau) if dtype == torch.float32 else 1e-11
     assert relative_error(actual[0], expected[0]) <= tolerance if n else actual[0].shape == (0, c)
-    scale = (1 if distance == "inner_product" else 2) / tau
+    terms = (upstream_of(expected[0]) @ inputs[2].double().T).abs()
+    scale = (1 if distance == "inner_product" else 2) / tau * max(1.0, float(terms.max()) if n else 0.0)
     for got, want, factor in zip(actual[1:], expected[1:], (scale, scale, 1.0), strict=True):
         assert got.shape == want.shape and got.dtype == dtype
         error = float((got.double() - want).abs().max()) if want.numel() else 0.0
