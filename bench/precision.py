@@ -16,12 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gear_engine import Engine, SamplingParams
 from gear_engine.bench import timing
 from gear_engine.bench.peak_memory import FORMATS
-from gear_engine.bench.rollout import divergence_of, guided_logits
+from gear_engine.bench.rollout import quality
 from gear_engine.checkpoint import load_generator, load_tokenizer
 from gear_engine.models.transformer import Transformer
 from gear_engine.pretrained import SHAPES
@@ -41,12 +39,7 @@ def errors(generator: Transformer, images: int, cfg_scale: float, seed: int) -> 
     }
     seeds = list(range(seed * images, (seed + 1) * images))
     drawn = engines["fp32"].generate(labels, SamplingParams(cfg_scale=cfg_scale), seeds=seeds)
-    exact = guided_logits(engines["fp32"], labels, drawn, cfg_scale)
-    noise = torch.empty_like(exact).exponential_(1, generator=torch.Generator().manual_seed(seed))
-    return [
-        {"format": name, **divergence_of(guided_logits(engine, labels, drawn, cfg_scale), exact, noise)}
-        for name, engine in engines.items()
-    ]
+    return [{"format": name, **error} for name, error in quality(engines, labels, drawn, seed, cfg_scale).items()]
 
 
 def _judged(folder: Path, generator: Transformer, cfg_scale: float, rows: list[dict[str, Any]]) -> None:

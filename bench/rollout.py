@@ -186,13 +186,15 @@ def divergence_of(logits: torch.Tensor, exact: torch.Tensor, noise: torch.Tensor
     return {"kl": float(divergence.mean()), "equal_tokens_%": 100 * float(equal.float().mean())}
 
 
-def quality(case: Case, drawn: torch.Tensor, seed: int) -> dict[str, dict[str, float]]:
-    """Error of every format against fp32, along fp32's tokens."""
-    exact = guided_logits(case.engines["fp32"], case.labels, drawn)
+def quality(
+    engines: dict[str, Engine], labels: list[int], drawn: torch.Tensor, seed: int, cfg_scale: float = CFG_SCALE
+) -> dict[str, dict[str, float]]:
+    """Error of every format against fp32, along the tokens (B, T) that fp32 drew."""
+    exact = guided_logits(engines["fp32"], labels, drawn, cfg_scale)
     noise = torch.empty_like(exact).exponential_(1, generator=torch.Generator().manual_seed(seed))
     found = {}
-    for name, engine in case.engines.items():
-        logits = exact if name == "fp32" else guided_logits(engine, case.labels, drawn)
+    for name, engine in engines.items():
+        logits = exact if name == "fp32" else guided_logits(engine, labels, drawn, cfg_scale)
         found[name] = divergence_of(logits, exact, noise)
     return found
 
@@ -223,7 +225,7 @@ def rows_of(case: Case, rounds: int, seed: int, read: float) -> tuple[list[dict[
     """The table of one case, and what was checked."""
     case.engines["int8"].generate(case.labels, max_new_tokens=min(4, case.tokens))  # starts threads, touches memory
     samples, drawn = measure(case, rounds, seed)
-    errors = quality(case, drawn["gear_engine fp32"], seed)
+    errors = quality(case.engines, case.labels, drawn["gear_engine fp32"], seed)
     images = len(case.labels)
     none = Samples([float("nan")], [float("nan")])
     official = samples.get("official", none)
