@@ -43,10 +43,13 @@ demo: build
 
 # Trains the shipped model again in runs/shapes/model, from the rendered images on; killed, it goes on. See docs/shapes.md.
 SHAPES := runs/shapes
-shapes: build
+$(SHAPES)/scenes-32.npz: | build
 	mkdir -p $(SHAPES)
-	$(PY) -m gear_engine.training.scenes $(SHAPES)/scenes-32.npz --count 2048 --seed 11 --size 32
-	$(PY) -m gear_engine.training.scenes $(SHAPES)/scenes-64.npz --count 8192 --seed 12
+	$(PY) -m gear_engine.training.scenes $@ --count 2048 --seed 11 --size 32
+$(SHAPES)/scenes-64.npz: | build
+	mkdir -p $(SHAPES)
+	$(PY) -m gear_engine.training.scenes $@ --count 8192 --seed 12
+shapes: build $(SHAPES)/scenes-32.npz $(SHAPES)/scenes-64.npz
 	for stage in 0-small 1-tokenizer 2-joint 3-generator; do \
 		$(BIN)/gear-engine train --resume --config gear_engine/training/configs/shapes-$$stage.toml || exit 1; done
 	$(BIN)/gear-engine convert $(SHAPES)/3-generator/checkpoints/0003600.pt $(SHAPES)/model --force \

@@ -9,6 +9,7 @@ at any size. Image i of a seed depends on (seed, i, size) and on nothing else; i
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gear_engine.errors import InvalidRequestError
+from gear_engine.files import write_atomic
 
 __all__ = ["CLASS_NAMES", "make_scenes", "render_scene"]
 
@@ -181,7 +183,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=64, help="edge in pixels (%(default)s)")
     flags = parser.parse_args(arguments)
     images, labels = make_scenes(flags.count, flags.seed, flags.size)
-    np.savez(flags.path, images=images, labels=labels, class_names=np.asarray(CLASS_NAMES))
+    packed = io.BytesIO()
+    np.savez(packed, images=images, labels=labels, class_names=np.asarray(CLASS_NAMES))
+    write_atomic(flags.path, packed.getvalue())
     print(f"{flags.count} images of {flags.size} x {flags.size} pixels: {flags.path}")
     return 0
 
