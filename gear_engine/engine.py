@@ -11,12 +11,11 @@ import torch
 from gear_engine import memory
 from gear_engine.cuda_graph import CaptureCost
 from gear_engine.errors import ConfigError, InvalidRequestError, NumericalError
-from gear_engine.kv_cache import StaticKVCache
+from gear_engine.kv_cache import CacheDtype, StaticKVCache, resolve_cache_dtype
 from gear_engine.models.condition import Condition
 from gear_engine.models.transformer import Transformer
 from gear_engine.models.weights import GeneratorWeights
 from gear_engine.ops import GeneratorOps
-from gear_engine.ops.decode_attention import FP8
 from gear_engine.ops.skinny_linear import PackKind
 from gear_engine.prefixes import caption_condition, check_conditions
 from gear_engine.request import ImageRequest, RngMode, SamplingParams, check_length, check_source
@@ -61,8 +60,8 @@ class Engine:
             packs only where that changes no number: bfloat16 on the compiled CPU kernels.
         memory_budget: bytes that the engine may allocate; None means what the device has available.
         execution: how decode steps run, see :mod:`gear_engine.step_program`; no choice changes a token.
-        cache_dtype: of keys and values; None means ``dtype``. ``torch.float8_e4m3fn`` takes half of bf16's memory and
-            changes tokens; see :class:`StaticKVCache`.
+        cache_dtype: of keys and values; None means ``dtype``. ``"fp8"`` (``torch.float8_e4m3fn``) takes half of bf16's
+            memory and changes tokens; see :class:`StaticKVCache`.
 
     Raises:
         ConfigError: the module is in training mode, or a number is out of range.
@@ -82,7 +81,7 @@ class Engine:
         weight_format: PackKind | None = None,
         memory_budget: int | None = None,
         execution: Execution = "auto",
-        cache_dtype: torch.dtype | None = None,
+        cache_dtype: CacheDtype | None = None,
     ) -> None:
         weights = _weights_of(generator)
         config = self.config = weights.config
@@ -90,23 +89,21 @@ class Engine:
         self.device = weights.device
         if self.dtype not in _DTYPES:
             raise ConfigError(f"an engine computes in float32, bfloat16 or float16, not in {self.dtype}")
-        if cache_dtype not in (None, self.dtype, FP8):
-            raise ConfigError(f"a cache holds {self.dtype} (the engine's dtype) or {FP8}, not {cache_dtype}")
-        cache_dtype = cache_dtype or self.dtype
+        stored = resolve_cache_dtype(cache_dtype, self.dtype)
         self.max_new_tokens = config.block_size if max_new_tokens is None else max_new_tokens
         if not (isinstance(self.max_new_tokens, int) and 1 <= self.max_new_tokens <= config.block_size):
             raise ConfigError(f"max_new_tokens {max_new_tokens} must lie in [1, block_size = {config.block_size}]")
         self.max_images = max_images
         self.scheduler = Scheduler(max_images)
-        self.ops = GeneratorOps.resolve(self.device, self.dtype, backend, cache_dtype)
+        self.ops = GeneratorOps.resolve(self.device, self.dtype, backend, stored)
         if weight_format is None and (self.dtype, self.ops.backends["skinny_linear"]) == (torch.bfloat16, "cpu"):
             weight_format = "bf16"
         self.weight_format = weight_format
         self.execution = resolve_execution(execution, self.ops, self.device)
-        self._check_fits(weights, cache_dtype, memory_budget)
+        self._check_fits(weights, stored, memory_budget)
         self._weights: GeneratorWeights | None = None
         with memory.out_of_memory_is_typed(_LOWER):
-            self.cache = StaticKVCache(config, 2 * max_images, self.max_new_tokens, cache_dtype, self.device)
+            self.cache = StaticKVCache(config, 2 * max_images, self.max_new_tokens, stored, self.device)
             self._steps = make_steps(self.execution, config, self.ops, self.cache)
         self._tokens = self._steps.tokens
         self.bind(weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal
 
 import torch
 
@@ -11,10 +11,25 @@ from gear_engine.errors import ConfigError
 from gear_engine.models.rope import rope_table
 from gear_engine.ops.decode_attention import FP8, quantize_entries
 
-__all__ = ["StaticKVCache"]
+__all__ = ["CacheDtype", "StaticKVCache", "resolve_cache_dtype"]
+
+#: How a cache's dtype is asked for: torch's, or fp8 by its name on the command line.
+CacheDtype = torch.dtype | Literal["fp8"]
 
 #: Entries start at multiples of this many bytes, so that a kernel can read them in whole 16-byte words.
 _ALIGNMENT: Final = 16
+
+
+def resolve_cache_dtype(cache_dtype: CacheDtype | None, dtype: torch.dtype) -> torch.dtype:
+    """What an engine that computes in ``dtype`` keeps keys and values in: ``dtype`` (also for None), or fp8.
+
+    Raises:
+        ConfigError: something else was asked for.
+    """
+    found = FP8 if cache_dtype == "fp8" else cache_dtype or dtype
+    if found not in (dtype, FP8):
+        raise ConfigError(f"a cache holds {dtype} (the engine's dtype) or 'fp8' ({FP8}), not {cache_dtype!r}")
+    return found
 
 
 class StaticKVCache:

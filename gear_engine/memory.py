@@ -12,6 +12,7 @@ import torch
 from gear_engine.config import GeneratorConfig, TokenizerConfig
 from gear_engine.errors import OutOfMemoryError
 from gear_engine.kv_cache import StaticKVCache
+from gear_engine.ops.decode_attention import FP8
 from gear_engine.segments import buckets
 
 __all__ = [
@@ -137,14 +138,17 @@ def engine_plan(
         weight_bytes: weights that are copied because their dtype or device changes; 0 if they are read in place.
         graphs: decode steps are captured: their logits and activations have a pool of memory to themselves.
     """
+    cache_dtype = cache_dtype or dtype
     widest = max(config.ffn_dim * 3, config.qkv_dim + config.dim * 3)
+    # The reference multiplies fp8 entries by their scales in fp32.
+    gathered = (torch.float32 if cache_dtype == FP8 else dtype).itemsize
     plan = {
         "weights": weight_bytes,
-        "key/value cache": StaticKVCache.nbytes(config, num_slots, max_tokens, cache_dtype or dtype),
+        "key/value cache": StaticKVCache.nbytes(config, num_slots, max_tokens, cache_dtype),
         # Logits, their filtered copy, its order and the noise of every image; one layer's activations.
         "logits": num_slots * config.vocab_size * 4 * 4,
         # One layer's keys and values where rows of scattered slots are gathered, and their scores.
-        "activations": num_slots * (widest + (1 + max_tokens) * 2 * config.kv_dim) * dtype.itemsize
+        "activations": num_slots * (widest * dtype.itemsize + (1 + max_tokens) * 2 * config.kv_dim * gathered)
         + num_slots * config.n_head * (1 + max_tokens) * 4,
     }
     if graphs:

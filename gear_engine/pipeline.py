@@ -13,11 +13,11 @@ from gear_engine import pipeline_inputs as inputs
 from gear_engine.checkpoint import open_generator, open_tokenizer, save_pretrained
 from gear_engine.engine import Engine
 from gear_engine.errors import ConfigError, InvalidRequestError
-from gear_engine.memory import available_bytes
+from gear_engine.kv_cache import CacheDtype, resolve_cache_dtype
 from gear_engine.models.condition import TextCondition
 from gear_engine.models.transformer import Transformer
 from gear_engine.ops.skinny_linear import PackKind
-from gear_engine.pipeline_output import Decoding, OutputType, PipelineOutput, left_by_decoder
+from gear_engine.pipeline_output import Decoding, OutputType, PipelineOutput
 from gear_engine.request import SamplingParams
 from gear_engine.text_encoders import CaptionFeatures, TextEncoder, load_text_encoder
 from gear_engine.tokenizers import Tokenizer, choose_decoder
@@ -40,6 +40,7 @@ class Pipeline:
         dtype: the generator's compute dtype; None: its weights' own.
         backend: kernels to use, see ``gear-engine info``.
         weight_format: ``"bf16"`` or ``"int8"`` packs the generator's linear weights; see :class:`Engine`.
+        cache_dtype: ``"fp8"`` keeps keys and values in half of bf16's memory and changes tokens; see :class:`Engine`.
         decode_dtype: arithmetic of the decoding convolutions, over an fp32 tokenizer: ``torch.bfloat16`` is faster, at
             45 dB and better against fp32. None: the tokenizer's own dtype. On a GPU an fp32 tokenizer decodes by a
             captured step, beside the drawing of the next images (:func:`gear_engine.tokenizers.choose_decoder`).
@@ -48,7 +49,7 @@ class Pipeline:
         memory_budget: bytes that sampling may take; None: what the device has left.
 
     Raises:
-        ConfigError: the models do not fit each other.
+        ConfigError: the models do not fit each other, or a cache cannot hold ``cache_dtype``.
     """
 
     def __init__(
@@ -60,18 +61,20 @@ class Pipeline:
         dtype: torch.dtype | None = None,
         backend: str = "auto",
         weight_format: PackKind | None = None,
+        cache_dtype: CacheDtype | None = None,
         decode_dtype: torch.dtype | None = None,
         max_images: int = 8,
         decode_batch: int = 8,
         memory_budget: int | None = None,
     ) -> None:
+        resolve_cache_dtype(cache_dtype, generator.tok_embeddings.weight.dtype if dtype is None else dtype)
         inputs.check_fit(generator, tokenizer, text_encoder)
         if max_images < 1 or decode_batch < 1:
             raise ConfigError(f"max_images {max_images} and decode_batch {decode_batch} must be at least 1")
         self.generator = generator.eval()
         self.tokenizer = tokenizer.eval()
         self.text_encoder = text_encoder
-        self.dtype, self.backend, self.weight_format = dtype, backend, weight_format
+        self._options = {"dtype": dtype, "backend": backend, "weight_format": weight_format, "cache_dtype": cache_dtype}
         self._decode_dtype = decode_dtype
         self._decoder = choose_decoder(self.tokenizer, decode_dtype, decode_batch)
         self.max_images = max_images
@@ -95,6 +98,7 @@ class Pipeline:
         ema: bool = True,
         backend: str = "auto",
         weight_format: PackKind | None = None,
+        cache_dtype: CacheDtype | None = None,
         decode_dtype: torch.dtype | None = None,
         max_images: int = 8,
         decode_batch: int = 8,
@@ -117,8 +121,10 @@ class Pipeline:
 
         Raises:
             CheckpointError: a file is unreadable, incomplete or of another architecture.
-            ConfigError: the models do not fit each other, or an override is unknown.
+            ConfigError: an override or ``cache_dtype`` is unknown, or the models do not fit each other.
         """
+        if dtype is not None or isinstance(cache_dtype, str):
+            resolve_cache_dtype(cache_dtype, dtype or torch.float32)
         for_generator, for_tokenizer = inputs.split_overrides(overrides)
         generator, _ = open_generator(path, device, dtype, ema=ema, **for_generator)
         if not isinstance(tokenizer, Tokenizer):
@@ -134,6 +140,7 @@ class Pipeline:
             text_encoder,
             backend=backend,
             weight_format=weight_format,
+            cache_dtype=cache_dtype,
             decode_dtype=decode_dtype,
             max_images=max_images,
             decode_batch=decode_batch,
@@ -262,15 +269,8 @@ class Pipeline:
             raise InvalidRequestError("give seeds or a generator, not both")
         keys = None if generator is not None else inputs.seed_list(seeds, count)
         if self._engine is None:
-            available = available_bytes(self.device) if self.memory_budget is None else self.memory_budget
-            images = min(self.decode_batch, self.max_images)  # decoded while the engine's caches are held
-            self._engine = Engine(
-                self.generator,
-                max_images=self.max_images,
-                dtype=self.dtype,
-                backend=self.backend,
-                weight_format=self.weight_format,
-                memory_budget=left_by_decoder(available, self.tokenizer, self.image_size, images),
+            self._engine = inputs.build_engine(
+                self.generator, self.tokenizer, self.max_images, self.decode_batch, self.memory_budget, **self._options
             )
         engine = self._engine
         # Streams of their own need no lockstep: the engine queues what does not fit.

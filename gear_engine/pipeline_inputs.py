@@ -12,14 +12,17 @@ import torch
 
 from gear_engine.checkpoint import GeneratorOverrides, TokenizerOverrides, checkpoint_args
 from gear_engine.config import GeneratorConfig
+from gear_engine.engine import Engine
 from gear_engine.errors import ConfigError, InvalidRequestError
 from gear_engine.hub import local_path
+from gear_engine.memory import available_bytes, check_fits, decoder_bytes
 from gear_engine.models.condition import TextCondition
 from gear_engine.models.transformer import Transformer
 from gear_engine.text_encoders import CaptionFeatures, TextEncoder
 from gear_engine.tokenizers import Tokenizer
 
 __all__ = [
+    "build_engine",
     "check_call",
     "check_fit",
     "encoded",
@@ -51,6 +54,29 @@ def check_fit(generator: Transformer, tokenizer: Tokenizer, text_encoder: TextEn
         )
     if config.learned_uncond != (text_encoder.kind == "t5"):
         raise ConfigError("LlamaGen's text models take T5 states, GEAR's a causal language model's")
+
+
+def build_engine(
+    generator: Transformer,
+    tokenizer: Tokenizer,
+    max_images: int,
+    decode_batch: int,
+    memory_budget: int | None,
+    **options: Any,
+) -> Engine:
+    """The engine, in what decoding ``decode_batch`` images while its caches are held leaves of ``memory_budget`` bytes;
+    None: of what the device has left.
+
+    Raises:
+        OutOfMemoryError: decoder or engine do not fit; nothing was allocated.
+    """
+    config, size = tokenizer.config, generator.config.grid_size * tokenizer.config.downsample
+    images = min(decode_batch, max_images)
+    decoder = decoder_bytes(config, size, size, images, tokenizer.dtype)
+    available = available_bytes(next(generator.parameters()).device) if memory_budget is None else memory_budget
+    check_fits({f"decoder, {images} images at once": decoder}, available, "lower decode_batch")
+    budget = None if available is None else available - decoder
+    return Engine(generator, max_images=max_images, memory_budget=budget, **options)
 
 
 def trained_text_encoder(path: str | os.PathLike[str], config: GeneratorConfig) -> tuple[str | None, str]:

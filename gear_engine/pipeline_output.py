@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gear_engine.memory import check_fits, decoder_bytes, out_of_memory_is_typed
+from gear_engine.memory import out_of_memory_is_typed
 from gear_engine.tokenizers import Decoder, DeviceDecoder, Tokenizer, to_uint8
 from gear_engine.tokenizers.device_decoder import Pending
 
-__all__ = ["Decoding", "Images", "OutputType", "PipelineOutput", "arrange", "decode", "join", "left_by_decoder"]
+__all__ = ["Decoding", "Images", "OutputType", "PipelineOutput", "arrange", "decode", "join"]
 
 #: ``"pil"``: a list of PIL images, the official pixels. ``"np"``: float32 (B, H, W, 3) in [0, 1]. ``"pt"``: floats
 #: (B, 3, H, W) in [0, 1]. ``"latent"``: no decoding, the images are the tokens.
@@ -64,17 +64,6 @@ def decode(
             images = decode_code(chunk.long(), (len(chunk), config.codebook_embed_dim, grid, grid))
             parts.append(arrange(images, output_type))
     return join(parts, output_type)
-
-
-def left_by_decoder(available: int | None, tokenizer: Tokenizer, size: int, images: int) -> int | None:
-    """Of ``available`` bytes, those that decoding ``images`` images of ``size`` x ``size`` pixels at once leaves.
-
-    Raises:
-        OutOfMemoryError: the decoder alone does not fit.
-    """
-    decoder = decoder_bytes(tokenizer.config, size, size, images, tokenizer.dtype)
-    check_fits({f"decoder, {images} images at once": decoder}, available, "lower decode_batch")
-    return None if available is None else available - decoder
 
 
 class Decoding:

@@ -140,7 +140,8 @@ class TestFp8Cache:
         assert torch.equal(eager.generate([2], GUIDED, seeds=[5])[0], together[1])
 
     def test_other_dtypes_are_refused(self) -> None:
-        with pytest.raises(ConfigError, match="cache holds"):
-            Engine(small_model(), cache_dtype=torch.bfloat16)
+        for other in (torch.bfloat16, "fp4", "bf16"):
+            with pytest.raises(ConfigError, match="cache holds"):
+                Engine(small_model(), cache_dtype=other)  # type: ignore[arg-type]
         with pytest.raises(BackendUnavailableError, match="float8_e4m3fn"):
             Engine(small_model(), cache_dtype=torch.float8_e4m3fn, backend="cpu")

@@ -123,7 +123,6 @@ def build_engine(plan: Plan, models: Models) -> Engine:
     """
     from gear_engine.engine import Engine
     from gear_engine.memory import available_bytes, check_fits, decoder_bytes
-    from gear_engine.ops.decode_attention import FP8
 
     _set_arithmetic(plan)
     size, images = models.image_size, min(plan.decode_batch, plan.batch)
@@ -137,7 +136,7 @@ def build_engine(plan: Plan, models: Models) -> Engine:
             max_images=plan.batch,
             backend=parse_backend(plan.args.backend),
             weight_format=plan.args.weight_format,
-            cache_dtype=FP8 if plan.args.cache_dtype == "fp8" else None,
+            cache_dtype=plan.args.cache_dtype,
             # The decoder works while the engine's caches are held.
             memory_budget=None if available is None else available - decoder,
         )
