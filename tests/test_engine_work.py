@@ -139,6 +139,15 @@ class TestFp8Cache:
         assert torch.equal(eager.generate([1, 2, 3], GUIDED, seeds=[4, 5, 6]), together)
         assert torch.equal(eager.generate([2], GUIDED, seeds=[5])[0], together[1])
 
+    def test_triton_draws_the_tokens_of_the_reference(self) -> None:
+        pytest.importorskip("triton", reason="triton is not installed")
+        options: dict[str, Any] = {"cache_dtype": "fp8", "max_images": 1}
+        drawn = [
+            Engine(small_model(), backend={"decode_attention": name}, **options).generate([1], max_new_tokens=4)
+            for name in ("triton", "reference")
+        ]
+        assert torch.equal(*drawn)
+
     def test_other_dtypes_are_refused(self) -> None:
         for other in (torch.bfloat16, "fp4", "bf16"):
             with pytest.raises(ConfigError, match="cache holds"):

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
-            torch.bool: "*i1", torch.int32: "*i32", torch.float64: "*fp64"}
+            torch.bool: "*i1", torch.int32: "*i32", torch.float64: "*fp64", torch.uint8: "*u8"}
 OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
 compiled = []
 
@@ -55,6 +55,9 @@ bf16, index = torch.bfloat16, torch.zeros(2, dtype=torch.int64)
 cache = torch.zeros(2, 3, 2, 8, 72, dtype=bf16)
 decode_attention.decode_attention(torch.zeros(2, 6 * 72, dtype=bf16), cache[0], cache[1], torch.zeros(3), index, index,
                                   torch.zeros(7, 36, 2), 2)
+scales = torch.zeros(2, 3, 2, 8, dtype=torch.float16)
+decode_attention.decode_attention(torch.zeros(2, 6 * 72, dtype=bf16), *cache.to(torch.float8_e4m3fn), torch.zeros(3),
+                                  index, index, torch.zeros(7, 36, 2), 2, k_scale=scales[0], v_scale=scales[1])
 x, weight = torch.zeros(2, 256, dtype=bf16), torch.zeros(32, 256, dtype=bf16)
 skinny_linear.skinny_linear(x, weight, norm_weight=x[0], gate=weight)
 params = [SamplingParams(cfg_scale=2.0, top_k=3), SamplingParams(top_p=0.5)]

@@ -90,7 +90,8 @@ def decode_attention(
         positions: int64 (R,), image-token index t of each row, 1 + t < S.
         rope: fp32 (block_size, head_dim / 2, 2), (cos, sin) of every image-token position.
         n_head: number of query heads.
-        k_scale, v_scale: fp16 (num_slots, n_kv_head, S) of an fp8 cache, written at entry 1 + t.
+        k_scale, v_scale: fp16 (num_slots, n_kv_head, S) of an fp8 cache, last dimension contiguous; written at entry
+            1 + t.
         first_slot: a hint from the host: ``slots`` is ``first_slot + arange(R)``. Implementations may ignore it.
         position: a hint from the host: all ``positions`` are equal to it. Implementations may ignore it.
         backend: as in :func:`gear_engine.ops.backends.resolve`.
@@ -111,8 +112,8 @@ def decode_attention(
         if k_cache.dtype != FP8:
             if scale is not None:
                 raise ValueError(f"{name} goes with an fp8 cache")
-        elif scale is None or scale.shape != k_cache.shape[:3] or scale.dtype != torch.float16:
-            raise ValueError(f"{name} must be fp16 {tuple(k_cache.shape[:3])} for an fp8 cache")
+        elif scale is None or scale.shape != k_cache.shape[:3] or scale.dtype != torch.float16 or scale.stride(2) != 1:
+            raise ValueError(f"{name} must be fp16 {tuple(k_cache.shape[:3])}, entries contiguous, for an fp8 cache")
     if k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1 or qkv.stride(-1) != 1:
         raise ValueError("the last dimension of qkv and of the caches must be contiguous")
     if prefix_bias.shape != (num_slots,) or prefix_bias.dtype != torch.float32:
@@ -245,7 +246,7 @@ def _cpu(
 
 
 backends.register("decode_attention", "reference", lambda: reference)
-triton_backend.register("decode_attention")
+triton_backend.register("decode_attention", triton_backend.FLOATS | {FP8})
 backends.register(
     "decode_attention",
     "cpu",

@@ -92,8 +92,8 @@ def run(
     _check_words(v_cache, "v_cache")
     scale_strides = (0, 0)
     if k_scale is not None and v_scale is not None:
-        if k_scale.stride() != v_scale.stride() or k_scale.stride(2) != 1:
-            raise ValueError("k_scale and v_scale must have equal strides, 1 in the last dimension")
+        if k_scale.stride() != v_scale.stride():
+            raise ValueError("k_scale and v_scale must have equal strides")
         scale_strides = (k_scale.stride(0), k_scale.stride(1))
     slots, positions, rope, prefix_bias = (x.contiguous() for x in (slots, positions, rope, prefix_bias))
     rows = qkv.shape[0]
