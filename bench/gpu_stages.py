@@ -124,6 +124,7 @@ def plan(machine: Machine, out: Path, official: Path | None) -> list[Stage]:
                "--section", "MemoryWorkloadAnalysis", "--csv", "--kernel-name-base", "demangled")  # fmt: skip
     bench = (
         *("decode_attention", "skinny_linear", "sample_tokens", "codebook_quantize"),
+        *("group_norm_silu", "residual_moments"),
         *("--device", "cuda", "--max-seconds", "0.3", "--grid", "dtype=bf16", "model=LlamaGen-XL"),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Pipeline:
         tokenizer: decodes its tokens; its codebook must be the generator's vocabulary.
         text_encoder: turns prompts into states (text models); not needed for labels or precomputed states.
         dtype: the generator's compute dtype; None: its weights' own.
-        backend: kernels to use, see ``gear-engine info``.
+        backend: kernels to use: one name, or a name per op; see ``gear-engine info``.
         weight_format: ``"bf16"`` or ``"int8"`` packs the generator's linear weights; see :class:`Engine`.
         cache_dtype: ``"fp8"`` keeps keys and values in half of bf16's memory and changes tokens; see :class:`Engine`.
         decode_dtype: arithmetic of the decoding convolutions, over an fp32 tokenizer: ``torch.bfloat16`` is faster, at
@@ -59,7 +59,7 @@ class Pipeline:
         text_encoder: TextEncoder | None = None,
         *,
         dtype: torch.dtype | None = None,
-        backend: str = "auto",
+        backend: str | Mapping[str, str] = "auto",
         weight_format: PackKind | None = None,
         cache_dtype: CacheDtype | None = None,
         decode_dtype: torch.dtype | None = None,
@@ -76,7 +76,7 @@ class Pipeline:
         self.text_encoder = text_encoder
         self._options = {"dtype": dtype, "backend": backend, "weight_format": weight_format, "cache_dtype": cache_dtype}
         self._decode_dtype = decode_dtype
-        self._decoder = choose_decoder(self.tokenizer, decode_dtype, decode_batch)
+        self._decoder = choose_decoder(self.tokenizer, decode_dtype, decode_batch, backend)
         self.max_images = max_images
         self.decode_batch = decode_batch
         self.memory_budget = memory_budget
@@ -96,7 +96,7 @@ class Pipeline:
         dtype: torch.dtype | None = None,
         tokenizer_dtype: torch.dtype | None = None,
         ema: bool = True,
-        backend: str = "auto",
+        backend: str | Mapping[str, str] = "auto",
         weight_format: PackKind | None = None,
         cache_dtype: CacheDtype | None = None,
         decode_dtype: torch.dtype | None = None,
@@ -174,7 +174,7 @@ class Pipeline:
         self.tokenizer.to(device)
         if self.text_encoder is not None:
             self.text_encoder.model.to(device)
-        self._decoder = choose_decoder(self.tokenizer, self._decode_dtype, self.decode_batch)
+        self._decoder = choose_decoder(self.tokenizer, self._decode_dtype, self.decode_batch, self.backend)
         self.invalidate()
         return self
 

@@ -46,7 +46,7 @@ JITFunction.run = run
 from gear_engine.ops.sample_tokens import SamplingTable
 from gear_engine.request import SamplingParams
 from gear_engine.triton_kernels import (codebook_quantize, decode_attention, dual_readout, group_norm_silu, philox,
-                                        sample_tokens, skinny_linear, soft_readout)
+                                        residual_moments, sample_tokens, skinny_linear, soft_readout)
 
 def table(params):
     return SamplingTable.build(params, [p.uses_guidance for p in params], 61, torch.device("cpu"))
@@ -72,9 +72,14 @@ for inner_product in (False, True):
 values = torch.zeros(300, 70)
 soft_readout.soft_readout(z, codebook, code, values, 2.0)
 dual_readout.dual_readout(torch.zeros(5, 70), row, row, z, codebook, code, values, 2.0, [False, True, False])
-for out in (torch.zeros(3, 5, 36, dtype=bf16), torch.zeros(3, 5, 36)):
-    moments = torch.zeros(4, 3, 2, dtype=torch.float64)
-    group_norm_silu.group_norm_silu(torch.zeros(3, 5, 36), moments, values[0, :36], values[1, :36], out)
+for half in (torch.zeros(6, 5, 36, dtype=bf16), torch.zeros(6, 5, 36)):
+    moments, images = torch.zeros(6, 3, 2, dtype=torch.float64), half.view(2, 3, 5, 36)
+    for residual in (None, torch.zeros(6, 5, 36)):
+        residual_moments.residual_moments(half, residual, moments, accumulate=residual is not None)
+    residual_moments.residual_moments(half.view(3, 5, 4, 18), torch.zeros(6, 10, 18), moments, phase_offset=0)
+    for affine in (values[:2, :36], torch.zeros(2, 2, 36)):
+        group_norm_silu.group_norm_silu(torch.zeros_like(images, dtype=torch.float32), moments.view(2, 3, 3, 2),
+                                        affine[0], affine[1], images)
 print(*compiled)
 """
 

@@ -1,8 +1,10 @@
-"""GroupNorm and SiLU of channels-last rows, in Triton: one pass over the image, from moments that were taken before.
+"""GroupNorm and SiLU of channels-last images, in Triton: one pass over each, from moments that were taken before.
 
-The contract is that of :mod:`gear_engine.ops.group_norm_silu`. A first, tiny kernel folds mean, variance, weight and
-bias into y = x * scale + shift per channel, in fp64 up to the last rounding; the second applies it, element by element,
-reading and writing each number once.
+The contract is that of :mod:`gear_engine.ops.group_norm_silu`. A program owns a strip of four rows of some whole
+groups. It adds up those groups' moments itself: a quarter of its strip's bytes in a square image of 4 channels per
+group, and they come from the cache; a kernel of their own would cost a launch. Mean, variance, weight and bias become
+y = x * scale + shift per channel, in fp64 up to the last rounding. Every order is fixed by the image's size: the result
+has the same bits in any batch.
 
 Runs under Triton's interpreter in the tests; not yet run on a GPU.
 """
@@ -13,59 +15,78 @@ import torch
 import triton
 import triton.language as tl
 
+from gear_engine.triton_kernels.residual_moments import channels_of, lanes_of
+
+#: Image rows of a program, its lanes, pixels of a block, and rows of moments that are added at a time.
+_ROWS = 4
+_LANES = 32
+_PIXELS = 64
+_MOMENTS = 32
+
 
 @triton.jit
-def _fold_kernel(
+def _norm_kernel(
+    x,
     moments,
     weight,
     bias,
-    affine,
-    image_rows,
+    out,
+    pixels,
+    strip,
+    channels,
     groups,
-    per_group,
+    image_rows,
     count,
     eps,
+    affine_stride,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    SILU: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
     LANES: tl.constexpr,
+    PIXELS: tl.constexpr,
+    MOMENTS: tl.constexpr,
 ):
-    """affine [2, C]: scale and shift of one group's channels; `count` numbers per group."""
-    group = tl.program_id(0)
-    first = tl.zeros([BLOCK_ROWS], dtype=tl.float64)
-    second = tl.zeros([BLOCK_ROWS], dtype=tl.float64)
-    for start in range(0, image_rows, BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)
-        place = moments + (row * groups + group) * 2
-        first += tl.load(place, mask=row < image_rows, other=0.0)
-        second += tl.load(place + 1, mask=row < image_rows, other=0.0)
-    mean = tl.sum(first) / count
-    variance = tl.maximum(tl.sum(second) / count - mean * mean, 0.0)
+    """`pixels` per image, `strip` of them per program; `count` numbers per group; `affine_stride` 0 or `channels`."""
+    block = tl.program_id(1)
+    image = tl.program_id(2).to(tl.int64)
 
-    lane = tl.arange(0, LANES)
-    live = lane < per_group
-    channel = group * per_group + lane
-    scale = tl.zeros([LANES], dtype=tl.float64) + 1.0 / tl.sqrt(variance + eps)
+    # Moments of the groups, rows in order.
+    group = block * GROUPS + tl.arange(0, GROUPS)
+    first = tl.full([MOMENTS, GROUPS], 0.0, tl.float64)
+    second = tl.full([MOMENTS, GROUPS], 0.0, tl.float64)
+    for start in range(0, image_rows, MOMENTS):
+        row = start + tl.arange(0, MOMENTS)
+        mask = (row < image_rows)[:, None] & (group < groups)[None, :]
+        place = moments + ((image * image_rows + row)[:, None] * groups + group[None, :]) * 2
+        first += tl.load(place, mask=mask, other=0.0)
+        second += tl.load(place + 1, mask=mask, other=0.0)
+    mean = tl.sum(first, 0) / count
+    variance = tl.maximum(tl.sum(second, 0) / count - mean * mean, 0.0)
+
+    # Scale and shift of the channels.
+    channel, live = channels_of(block, channels, PER_GROUP, GROUPS, LANES)
+    inverse = (1.0 / tl.sqrt(variance + eps))[:, None]
+    wide_scale = tl.reshape(tl.broadcast_to(inverse, [GROUPS, LANES]), [GROUPS * LANES])
     if HAS_WEIGHT:
-        scale *= tl.load(weight + channel, mask=live, other=0.0).to(tl.float64)
-    shift = -mean * scale
+        wide_scale *= tl.load(weight + image * affine_stride + channel, mask=live, other=0.0).to(tl.float64)
+    wide_shift = -tl.reshape(tl.broadcast_to(mean[:, None], [GROUPS, LANES]), [GROUPS * LANES]) * wide_scale
     if HAS_BIAS:
-        shift += tl.load(bias + channel, mask=live, other=0.0).to(tl.float64)
-    tl.store(affine + channel, scale.to(tl.float32), mask=live)
-    tl.store(affine + groups * per_group + channel, shift.to(tl.float32), mask=live)
+        wide_shift += tl.load(bias + image * affine_stride + channel, mask=live, other=0.0).to(tl.float64)
+    scale = wide_scale.to(tl.float32)[None, :]
+    shift = wide_shift.to(tl.float32)[None, :]
 
-
-@triton.jit
-def _apply_kernel(x, affine, out, numel, channels, SILU: tl.constexpr, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = place < numel
-    channel = place % channels
-    scale = tl.load(affine + channel, mask=live, other=0.0)
-    shift = tl.load(affine + channels + channel, mask=live, other=0.0)
-    y = tl.load(x + place, mask=live, other=0.0).to(tl.float32) * scale + shift
-    if SILU:
-        y *= tl.sigmoid(y)
-    tl.store(out + place, y.to(out.dtype.element_ty), mask=live)
+    # The strip.
+    begin = tl.program_id(0) * strip
+    for start in range(0, strip, PIXELS):
+        pixel = begin + start + tl.arange(0, PIXELS)
+        mask = ((pixel < pixels) & (pixel < begin + strip))[:, None] & live[None, :]
+        place = (image * pixels + pixel)[:, None] * channels + channel[None, :]
+        y = tl.load(x + place, mask=mask, other=0.0).to(tl.float32) * scale + shift
+        if SILU:
+            y /= 1.0 + tl.exp(-y)
+        tl.store(out + place, y.to(out.dtype.element_ty), mask=mask)
 
 
 def group_norm_silu(
@@ -78,35 +99,42 @@ def group_norm_silu(
     eps: float = 1e-6,
     silu: bool = True,
 ) -> None:
-    """Launches the kernels; shapes and dtypes were checked by the op.
+    """Launches the kernel; shapes and dtypes were checked by the op.
 
     Raises:
         ValueError: an operand is not contiguous.
     """
     if not all(t is None or t.is_contiguous() for t in (x, moments, weight, bias, out)):
         raise ValueError("x, moments, weight, bias and out must be contiguous")
-    channels = x.shape[2]
-    image_rows, groups, _ = moments.shape
+    if not x.numel():
+        return
+    height, width, channels = x.shape[-3:]
+    image_rows, groups, _ = moments.shape[-3:]
+    images = x.shape[0] if x.dim() == 4 else 1
     per_group = channels // groups
-    affine = torch.empty(2, channels, dtype=torch.float32, device=x.device)
-    _fold_kernel[(groups,)](
+    per_program, lanes = lanes_of(per_group, _LANES)
+    per_image = any(affine is not None and affine.dim() == 2 for affine in (weight, bias))
+    _norm_kernel[(triton.cdiv(height, _ROWS), triton.cdiv(groups, per_program), images)](
+        x,
         moments,
-        affine if weight is None else weight,
-        affine if bias is None else bias,
-        affine,
-        image_rows,
+        x if weight is None else weight,
+        x if bias is None else bias,
+        out,
+        height * width,
+        _ROWS * width,
+        channels,
         groups,
-        per_group,
-        image_rows * x.shape[1] * per_group,
+        image_rows,
+        image_rows * width * per_group,
         eps,
+        channels if per_image else 0,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
-        BLOCK_ROWS=128,
-        LANES=triton.next_power_of_2(per_group),
-        num_warps=1,
+        SILU=silu,
+        PER_GROUP=per_group,
+        GROUPS=per_program,
+        LANES=lanes,
+        PIXELS=_PIXELS,
+        MOMENTS=_MOMENTS,
+        num_warps=8,
     )
-    if x.numel():
-        block = 1024
-        _apply_kernel[(triton.cdiv(x.numel(), block),)](
-            x, affine, out, x.numel(), channels, SILU=silu, BLOCK=block, num_warps=4
-        )

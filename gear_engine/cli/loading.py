@@ -52,9 +52,10 @@ def load_models(plan: Plan) -> Models:
 
     Raises:
         CheckpointError: a file is unreadable, incomplete, contradicts a flag, or the two do not fit each other.
+        BackendUnavailableError: the decoder cannot run here as asked for.
     """
     from gear_engine.checkpoint import check_pair, open_generator, open_tokenizer
-    from gear_engine.cli.environment import dtype_of
+    from gear_engine.cli.environment import dtype_of, parse_backend
     from gear_engine.cli.sampling import log
     from gear_engine.tokenizers import choose_decoder, decoder_name
 
@@ -82,7 +83,8 @@ def load_models(plan: Plan) -> Models:
     # Without compiled kernels a CPU decodes fp32 by the modules; run.json says so.
     plain = in_fp16 or (args.decode_dtype == "fp32" and decoder_name(None, tokenizer) == "reference")
     decode_dtype = None if plain else dtype_of(args.decode_dtype)
-    decoder = choose_decoder(tokenizer, decode_dtype, min(plan.decode_batch, plan.batch))
+    batch, backend = min(plan.decode_batch, plan.batch), parse_backend(args.backend)
+    decoder = choose_decoder(tokenizer, decode_dtype, batch, backend)
     return Models(generator.eval(), tokenizer, decoder, generator_source, tokenizer_source)
 
 

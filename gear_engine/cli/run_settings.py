@@ -27,12 +27,15 @@ def device_name(device: torch.device) -> str:
 
 def run_settings(plan: Plan, models: Models, source: Source, engine: Engine) -> list[Settings]:
     """What ``run.json`` records, one per guidance scale."""
-    from gear_engine.tokenizers import decoder_name
+    from gear_engine.tokenizers import DeviceDecoder, decoder_name
 
     args = plan.args
     generator_hash = content_hash(Path(models.generator_source.path))
     same_file = models.tokenizer_source.path == models.generator_source.path
     tokenizer_hash = generator_hash if same_file else content_hash(Path(models.tokenizer_source.path))
+    decoder = {"decoder": decoder_name(models.decoder, models.tokenizer)}
+    if isinstance(models.decoder, DeviceDecoder):
+        decoder |= models.decoder.backends
     common = {
         "command": args.command,
         "checkpoint": {
@@ -57,7 +60,7 @@ def run_settings(plan: Plan, models: Models, source: Source, engine: Engine) -> 
         "device": plan.device.type,
         "tf32": args.tf32 if plan.device.type == "cuda" else None,
         # As chosen, not as asked for: "auto" may choose otherwise after another build.
-        "backend": {**engine.ops.backends, "decoder": decoder_name(models.decoder, models.tokenizer)},
+        "backend": {**engine.ops.backends, **decoder},
         "world_size": plan.world.size,
         "per_proc_batch_size": plan.batch,
         "image_size": models.image_size,

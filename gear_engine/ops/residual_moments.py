@@ -4,7 +4,7 @@
     moments[y, g]      = (sum, sum of squares) of row y of the result over the channels of group g
 
 Without ``residual`` the moments are the source's own. Channels last throughout. A row's moments depend on that row
-only, so an image may be cut into strips of rows anywhere: the bits stay.
+only, so an image may be cut into strips of rows anywhere, and images may be stacked: the bits stay.
 
 With ``phase_offset`` 0 or 1 the source holds the four phases of an image of twice its size, which is put together on
 the way: pixel (y, x) of the result is entry (y // 2 + (y % 2) * o, x // 2 + (x % 2) * o, 2 (y % 2) + x % 2) of a source
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from gear_engine.ops import backends, native
+from gear_engine.ops import backends, native, triton_backend
 
 __all__ = ["join_phases", "reference", "residual_moments"]
 
@@ -127,6 +127,7 @@ def _cpu(
 
 
 backends.register("residual_moments", "reference", lambda: reference)
+triton_backend.register("residual_moments", frozenset(_DTYPES))
 backends.register(
     "residual_moments",
     "cpu",

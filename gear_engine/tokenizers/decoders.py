@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from gear_engine.tokenizers import decoder_fast
@@ -12,12 +14,15 @@ from gear_engine.tokenizers.tokenizer import Tokenizer
 __all__ = ["choose_decoder", "decoder_name"]
 
 
-def choose_decoder(tokenizer: Tokenizer, dtype: torch.dtype | None, batch: int) -> Decoder | DeviceDecoder | None:
+def choose_decoder(
+    tokenizer: Tokenizer, dtype: torch.dtype | None, batch: int, backend: str | Mapping[str, str] = "auto"
+) -> Decoder | DeviceDecoder | None:
     """What decodes the codes of ``tokenizer``, ``batch`` images at a time.
 
     Args:
         dtype: arithmetic of the convolutions over an fp32 tokenizer. None: the tokenizer's own; on a GPU an fp32
             tokenizer with one index per position is then decoded by captured steps in fp32.
+        backend: of a :class:`DeviceDecoder`'s norms, as an engine takes it.
 
     Returns:
         A :class:`Decoder` on a CPU, a :class:`DeviceDecoder` elsewhere; both hold weights that ``refresh()`` reads
@@ -32,7 +37,7 @@ def choose_decoder(tokenizer: Tokenizer, dtype: torch.dtype | None, batch: int) 
         if tokenizer.dtype != torch.float32 or tokenizer.config.num_codebooks != 1:
             return None
         dtype = torch.float32
-    return DeviceDecoder(tokenizer, dtype=dtype, batch=batch)
+    return DeviceDecoder(tokenizer, dtype=dtype, batch=batch, backend=backend)
 
 
 def decoder_name(decoder: Decoder | DeviceDecoder | None, tokenizer: Tokenizer) -> str:

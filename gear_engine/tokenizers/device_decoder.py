@@ -1,29 +1,24 @@
-"""Decoding on a GPU: the modules' network over channels-last maps, as a step that is captured once and replayed.
+"""Decoding on a GPU: a step that is captured once and replayed.
 
-Per batch: code vectors, the network, ``uint8(clamp(127.5 x + 128, 0, 255))``, all on the device and on a stream of its
-own; then a copy into pinned memory. :meth:`DeviceDecoder.submit` returns at once, so that the next images' tokens can
-be drawn meanwhile. A shorter batch is padded: an image's pixels depend on its codes alone.
+Per batch: code vectors, the network (:mod:`gear_engine.tokenizers.device_network`), ``uint8(clamp(127.5 x + 128, 0,
+255))``, all on the device and on a stream of its own; then a copy into pinned memory. :meth:`DeviceDecoder.submit`
+returns at once, so that the next images' tokens can be drawn meanwhile. A shorter batch is padded: an image's pixels
+depend on its codes alone.
 
-``dtype=torch.bfloat16`` rounds the operands and outputs of convolutions and attention; the residual stream, norms,
-width-changing shortcuts and everything before the first convolution stay fp32, as on the CPU
-(:mod:`gear_engine.tokenizers.decoder_fast`).
-
-Not run on hardware yet. Norms are plain torch: several passes over a map, where a fused kernel would make two.
+Not run on hardware yet.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 
 from gear_engine.cuda_graph import EagerLauncher, Executor, GraphLauncher, Launcher
 from gear_engine.errors import ConfigError, InvalidRequestError
-from gear_engine.tokenizers import magvit2, vqgan
+from gear_engine.tokenizers.device_network import DeviceNetwork, resolve_norms
 from gear_engine.tokenizers.images import to_uint8
 from gear_engine.tokenizers.tokenizer import Tokenizer
 
@@ -91,11 +86,17 @@ class DeviceDecoder:
             dtype or layout: call :meth:`refresh` after they changed.
         dtype: ``torch.float32``, or ``torch.bfloat16`` for the operands of convolutions.
         batch: images that are decoded together.
+        backend: of the passes between convolutions (:func:`~gear_engine.tokenizers.device_network.resolve_norms`).
+            ``"auto"`` is Triton on a GPU where it is installed, else plain torch; :attr:`backends` says which.
         launcher: how a batch's step runs; None: captured on CUDA, called elsewhere.
         side: where it runs; None: on a stream of its own on CUDA, here and now elsewhere.
 
     Raises:
         ConfigError: another dtype, a tokenizer that is not fp32, or one with several indices per position.
+        BackendUnavailableError: a backend that was asked for by name cannot run here.
+
+    Attributes:
+        backends: the backend chosen per op.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class DeviceDecoder:
         *,
         dtype: torch.dtype = torch.float32,
         batch: int = 8,
+        backend: str | Mapping[str, str] = "auto",
         launcher: Launcher | None = None,
         side: Side | None = None,
     ) -> None:
@@ -122,26 +124,16 @@ class DeviceDecoder:
         on_gpu = self.device.type == "cuda"
         self._launcher = launcher or (GraphLauncher(self.device) if on_gpu else EagerLauncher())
         self._side = side or (_OwnStream(self.device) if on_gpu else _HereAndNow())
-        self._weights: dict[nn.Conv2d, torch.Tensor] = {}
+        self.backends = resolve_norms(self.device, backend)
+        self._network = DeviceNetwork(tokenizer.decoder, dtype, self.backends)
         self._programs: dict[int, _Program] = {}
         self._hosts: list[torch.Tensor] = []
         self._pending: list[Pending | None] = [None, None]
         self._turn = 0
-        self.refresh()
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Reads the convolutions' weights again, into the same places."""
-        decoder = self.tokenizer.decoder
-        convolutions = [module for module in decoder.modules() if isinstance(module, nn.Conv2d)]
-        shortcuts = {module for name, module in decoder.named_modules() if name.endswith("nin_shortcut")}
-        for conv in convolutions:
-            dtype = torch.float32 if conv in shortcuts else self.dtype
-            weight = conv.weight.detach().to(dtype, memory_format=torch.channels_last)
-            if conv in self._weights:
-                self._weights[conv].copy_(weight)
-            else:
-                self._weights[conv] = weight.clone(memory_format=torch.preserve_format)
+        self._network.refresh()
 
     @torch.no_grad()
     def submit(self, tokens: torch.Tensor) -> Pending:
@@ -187,7 +179,8 @@ class DeviceDecoder:
         """As :meth:`Tokenizer.decode_code`, of any shape, called at once: fp32 images (B, 3, H, W) on the device."""
         with torch.autocast(self.device.type, enabled=False):
             quant = self.tokenizer.lookup(codes, shape, channel_first)
-            return self._network(self.tokenizer.post_quant_conv(quant.float()))
+            with torch.cuda.device_of(quant):  # where Triton launches
+                return self._network(self.tokenizer.post_quant_conv(quant.float()))
 
     def _host(self, pixels: torch.Tensor) -> torch.Tensor:
         """The host buffer whose turn it is, free again."""
@@ -220,57 +213,3 @@ class DeviceDecoder:
 
             self._programs[grid] = _Program(codes, pixels, self._launcher.prepare(step))
         return self._programs[grid]
-
-    def _network(self, latent: torch.Tensor) -> torch.Tensor:
-        decoder = self.tokenizer.decoder
-        x = self._convolve(decoder.conv_in, latent).float()  # the residual stream
-        for module in decoder.steps():
-            x = self._apply(module, x, latent)
-        return self._convolve(decoder.conv_out, _norm_silu(decoder.norm_out, x)).float()
-
-    def _apply(self, module: nn.Module, x: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        if isinstance(module, (vqgan.ResidualBlock, magvit2.ResidualBlock)):
-            h = self._convolve(module.conv1, _norm_silu(module.norm1, x))
-            h = self._convolve(module.conv2, _norm_silu(module.norm2, h.float()))
-            shortcut = module._modules.get("nin_shortcut")
-            return (self._convolve(shortcut, x) if isinstance(shortcut, nn.Conv2d) else x) + h
-        if isinstance(module, vqgan.AttentionBlock):
-            normed = _normalized(module.norm, x)
-            q, k, v = (
-                self._convolve(conv, normed).flatten(2).transpose(1, 2)[:, None]
-                for conv in (module.q, module.k, module.v)
-            )
-            mixed = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
-            return x + self._convolve(module.proj_out, mixed)
-        if isinstance(module, vqgan.Upsample):
-            doubled = F.interpolate(x.to(self.dtype), scale_factor=2.0, mode="nearest")
-            return self._convolve(module.conv, doubled).float()
-        if isinstance(module, magvit2.Upsampler):
-            return magvit2.depth_to_space(self._convolve(module.conv1, x)).float()
-        if isinstance(module, magvit2.AdaptiveGroupNorm):
-            scale, shift = module.affine(latent)
-            return torch.addcmul(shift, scale, _normalized(module.gn, x))
-        raise TypeError(f"a decoder has no step of type {type(module).__name__}")
-
-    def _convolve(self, conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-        weight = self._weights[conv]
-        bias = None if conv.bias is None else conv.bias.to(weight.dtype)
-        x = x.to(weight.dtype).contiguous(memory_format=torch.channels_last)
-        return F.conv2d(x, weight, bias, conv.stride, conv.padding)
-
-
-def _normalized(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-    """Group norm of an fp32 channels-last map, which torch's own would copy to another layout and back."""
-    channels, groups = x.shape[1], norm.num_groups
-    rows = x.permute(0, 2, 3, 1).unflatten(3, (groups, channels // groups))  # [B, H, W, G, C / G]
-    variance, mean = torch.var_mean(rows, dim=(1, 2, 4), correction=0)  # [B, G]
-    scale = torch.rsqrt(variance + norm.eps).repeat_interleave(channels // groups, dim=1)  # [B, C]
-    mean = mean.repeat_interleave(channels // groups, dim=1)
-    if norm.affine:
-        scale = scale * norm.weight
-    shift = -mean * scale if not norm.affine else norm.bias - mean * scale
-    return torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None])
-
-
-def _norm_silu(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-    return F.silu(_normalized(norm, x))

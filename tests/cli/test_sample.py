@@ -150,19 +150,23 @@ def test_the_decoder_of_a_gpu(checkpoint: Path, tmp_path: Path, monkeypatch: pyt
     assert sample(checkpoint, tmp_path / "cpu", *resized) == 0
     made: list[DeviceDecoder] = []
 
-    def choose(tokenizer: Tokenizer, dtype: torch.dtype, batch: int) -> DeviceDecoder:
-        made.append(DeviceDecoder(tokenizer, dtype=dtype, batch=batch))
+    def choose(tokenizer: Tokenizer, dtype: torch.dtype, batch: int, backend: Any) -> DeviceDecoder:
+        made.append(DeviceDecoder(tokenizer, dtype=dtype, batch=batch, backend=backend))
         return made[0]
 
     monkeypatch.setattr("gear_engine.tokenizers.choose_decoder", choose)
-    assert sample(checkpoint, tmp_path / "gpu", *resized) == 0
+    norms = ("--backend", "group_norm_silu=reference")
+    assert sample(checkpoint, tmp_path / "gpu", *resized, *norms) == 0
     (decoder,) = made
     assert (decoder.dtype, decoder.batch) == (torch.float32, 2)
     assert len(decoder._programs) == (edge == tiny.IMAGE_SIZE), "resizing takes floats"
     ours, expected = (pixels(tmp_path / name / "exp" / "step0000007" / "cfg1-temp1") for name in ("gpu", "cpu"))
     assert np.abs(ours.astype(int) - expected.astype(int)).max() <= 1
     (run,) = (tmp_path / "gpu").rglob("run.json")
-    assert json.loads(run.read_text())["settings"]["backend"]["decoder"] == "device"
+    recorded = json.loads(run.read_text())["settings"]["backend"]
+    assert recorded["decoder"] == "device"
+    assert recorded["group_norm_silu"] == "reference"
+    assert recorded["residual_moments"] == decoder.backends["residual_moments"]
 
 
 def test_an_fp8_cache(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from gear_engine.ops import (
     dual_readout,
     group_norm_silu,
     philox,
+    residual_moments,
     sample_tokens,
     skinny_linear,
     soft_readout,
@@ -213,23 +214,63 @@ def test_dual_readout_of_a_wide_codebook_and_a_sharp_softmax() -> None:
     assert all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
+#: (images, height, width, channels, groups): more rows than a strip, pixels and lanes than a block, and fewer.
+IMAGES = [(1, 1, 2, 4, 4), (2, 2, 2, 36, 3), (1, 5, 37, 28, 7), (1, 2, 1, 200, 1), (2, 1, 3, 144, 36)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("rows", "width", "channels", "groups", "affine"), [(1, 2, 4, 4, True), (3, 5, 36, 3, False), (2, 37, 28, 7, True)]
+    ("images", "height", "width", "channels", "groups", "affine"),
+    [(*sizes, kind) for sizes, kind in zip(IMAGES, ["none", "own", "shared", "shared", "own"], strict=True)],
 )
-def test_group_norm_silu(rows: int, width: int, channels: int, groups: int, affine: bool, dtype: torch.dtype) -> None:
-    x = (torch.randn(rows, width, channels, device=DEVICE) * 3 + 10).to(dtype)
-    # Moments of a whole image, of which x is a strip.
-    image = torch.cat((x, x[:1] - 1)).double().view(rows + 1, width, groups, -1)
-    moments = torch.stack((image.sum((1, 3)), image.square().sum((1, 3))), dim=-1)
-    weight, bias = (torch.randn(2, channels, device=DEVICE)) if affine else (None, None)
-    whole = torch.empty_like(x, dtype=torch.float32)
-    group_norm_silu.reference(x, moments, weight, bias, whole)
+def test_group_norm_silu(
+    images: int, height: int, width: int, channels: int, groups: int, affine: str, dtype: torch.dtype
+) -> None:
+    x = (torch.randn(images, height, width, channels, device=DEVICE) * 3 + 10).to(dtype)
+    # Moments of whole images, of which x holds strips.
+    rows = torch.cat((x, x[:, :1].repeat(1, 33, 1, 1) - 1), dim=1).double().unflatten(3, (groups, -1))
+    moments = torch.stack((rows.sum((2, 4)), rows.square().sum((2, 4))), dim=-1)
+    shape = {"none": None, "shared": (2, channels), "own": (2, images, channels)}[affine]
+    weight, bias = (None, None) if shape is None else torch.randn(shape, device=DEVICE)
     for silu in (True, False):
         actual, expected = torch.empty_like(x, dtype=torch.float32), torch.empty_like(x, dtype=torch.float32)
-        group_norm_silu.reference(x, moments, weight, bias, expected, silu=silu)
+        group_norm_silu.group_norm_silu(x, moments, weight, bias, expected, silu=silu, backend="reference")
         group_norm_silu.group_norm_silu(x, moments, weight, bias, actual, silu=silu, backend="triton")
         assert relative_error(actual, expected) <= 5e-6
-    group_norm_silu.group_norm_silu(x, moments, weight, bias, x, backend="triton")  # in place
+    alone = torch.empty_like(actual[-1])
+    own = (None if t is None else t if t.dim() == 1 else t[-1] for t in (weight, bias))
+    group_norm_silu.group_norm_silu(x[-1], moments[-1], *own, alone, silu=False, backend="triton")
+    assert torch.equal(alone, actual[-1]), "an image depends on its batch"
+    group_norm_silu.group_norm_silu(x, moments, weight, bias, x, silu=False, backend="triton")  # in place
     # The interpreter cuts bf16 off where a GPU rounds it.
-    assert relative_error(x, whole) <= (5e-6 if dtype == torch.float32 else 8e-3)
+    assert relative_error(x, expected) <= (5e-6 if dtype == torch.float32 else 8e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("images", "height", "width", "channels", "groups"), IMAGES)
+@pytest.mark.parametrize("mode", ["moments", "store", "accumulate", "phases0", "phases1"])
+def test_residual_moments(
+    images: int, height: int, width: int, channels: int, groups: int, mode: str, dtype: torch.dtype
+) -> None:
+    """Of stacked images; with an offset, phases are those of one image."""
+    height *= images
+    offset = int(mode[-1]) if mode.startswith("phases") else None
+    shape = (height, width, channels) if offset is None else (height + offset, width + offset, 4, channels)
+    if offset is not None:
+        height, width = 2 * height, 2 * width
+    source, found = torch.randn(shape, device=DEVICE).to(dtype) + 3, []
+    start = None if mode == "moments" else torch.randn(height, width, channels, device=DEVICE)
+    for backend in ("reference", "triton"):
+        residual = None if start is None else start.clone()
+        moments = torch.full((height, groups, 2), float("nan"), dtype=torch.float64, device=DEVICE)
+        options = {"accumulate": mode == "accumulate", "phase_offset": offset, "backend": backend}
+        residual_moments.residual_moments(source, residual, moments, **options)
+        found.append((residual, moments))
+    (expected, expected_moments), (actual, actual_moments) = found
+    assert actual is None or torch.equal(actual, expected)
+    torch.testing.assert_close(actual_moments, expected_moments, rtol=1e-12, atol=1e-12)
+    if offset is None:
+        last = torch.empty_like(actual_moments[-1:])
+        options = {"accumulate": mode == "accumulate", "backend": "triton"}
+        residual_moments.residual_moments(source[-1:], None if start is None else start[-1:], last, **options)
+        assert torch.equal(last, actual_moments[-1:]), "a row depends on the others"

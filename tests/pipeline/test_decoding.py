@@ -34,11 +34,12 @@ def test_a_decoder_goes_where_the_tokenizer_goes(pipe: Pipeline, monkeypatch: py
     monkeypatch.setattr("gear_engine.tokenizers.decoders.Decoder", lambda tokenizer, dtype: made.append("cpu"))
     monkeypatch.setattr(
         "gear_engine.tokenizers.decoders.DeviceDecoder",
-        lambda tokenizer, dtype, batch: made.append(f"{tokenizer.device}, {batch} at a time"),
+        lambda tokenizer, dtype, batch, backend: made.append(f"{tokenizer.device}, {batch} at a time, {backend}"),
     )
-    fresh = Pipeline(make_generator(), build_tokenizer(TOKENIZER_CONFIG), decode_dtype=torch.float32, decode_batch=3)
+    options = {"decode_dtype": torch.float32, "decode_batch": 3, "backend": "reference"}
+    fresh = Pipeline(make_generator(), build_tokenizer(TOKENIZER_CONFIG), **options)
     fresh.to("meta")
-    assert made == ["cpu", "meta, 3 at a time"]
+    assert made == ["cpu", "meta, 3 at a time, reference"]
 
 
 @pytest.mark.parametrize("source", ["philox", "torch"])

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from gear_engine.errors import ConfigError, InvalidRequestError
+from gear_engine.errors import BackendUnavailableError, ConfigError, InvalidRequestError
 from gear_engine.metrics import psnr
+from gear_engine.ops import backends
 from gear_engine.tokenizers import Tokenizer, build_tokenizer, choose_decoder, decoder_name, to_uint8
 from gear_engine.tokenizers.device_decoder import DeviceDecoder
+from gear_engine.tokenizers.device_network import NORM_OPS, resolve_norms
 from tests.golden_weights import golden_state_dict, relative_error
 from tests.tokenizers.test_tokenizer import SMALL
 
 NAMES = sorted(name for name, config in SMALL.items() if config.num_codebooks == 1)
+#: Implementations of the passes between convolutions that can run here.
+NORMS = [
+    name
+    for name, found in backends.implementations("group_norm_silu").items()
+    if found.why_not(torch.device("cpu"), torch.float32) is None
+]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -60,11 +71,44 @@ def test_fp32_gives_the_modules_pixels(tokenizer: Tokenizer) -> None:
     assert (difference > 0).float().mean() < 0.001
 
 
+@pytest.fixture(scope="module", params=["vq", "ibq", "lfq"])
+def tiny(request: pytest.FixtureRequest) -> Tokenizer:
+    """Two levels, a channel or two to a group: what Triton's interpreter runs in a second."""
+    config = SMALL[request.param]
+    tokenizer = build_tokenizer(dataclasses.replace(config, ch=32, ch_mult=(1, 2), downsample=2, num_res_blocks=1))
+    tokenizer.load_state_dict(golden_state_dict(tokenizer))
+    return tokenizer
+
+
 @torch.no_grad()
+def _floats(tokenizer: Tokenizer, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two images of an odd grid by the device's decoder, and by the modules."""
+    torch.manual_seed(0)
+    tokens, shape = _tokens(tokenizer, 2, 3)[:, :3], (2, tokenizer.config.codebook_embed_dim, 1, 3)
+    images = DeviceDecoder(tokenizer, **options).decode_code(tokens, shape)
+    return images, tokenizer.decode(tokenizer.lookup(tokens, shape))
+
+
 def test_floats_of_any_shape(tokenizer: Tokenizer) -> None:
-    tokens, shape = _tokens(tokenizer, 1)[:, :2].repeat(1, 3), (1, tokenizer.config.codebook_embed_dim, 2, 3)
-    images = DeviceDecoder(tokenizer).decode_code(tokens, shape)
-    assert relative_error(images, tokenizer.decode(tokenizer.lookup(tokens, shape))) <= 1e-5
+    assert relative_error(*_floats(tokenizer)) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", NORMS)
+def test_every_implementation_of_the_norms(tiny: Tokenizer, backend: str) -> None:
+    assert DeviceDecoder(tiny, backend=backend).backends == dict.fromkeys(NORM_OPS, backend)
+    assert relative_error(*_floats(tiny, backend=backend)) <= 1e-5
+    # The interpreter of Triton cuts bf16 off where a GPU rounds it.
+    assert 1e-4 < relative_error(*_floats(tiny, backend=backend, dtype=torch.bfloat16)) <= 0.05
+
+
+@pytest.mark.skipif("triton" not in NORMS, reason="triton is not installed")
+@pytest.mark.parametrize("tiny", ["lfq"], indirect=True)
+def test_an_image_by_triton_does_not_depend_on_its_batch(tiny: Tokenizer) -> None:
+    """Adaptive norms, whose scale and shift are an image's own, among them."""
+    decoder, tokens = DeviceDecoder(tiny, batch=2, backend="triton"), _tokens(tiny, 2)
+    together = decoder.decode(tokens)
+    assert torch.equal(decoder.decode(tokens[1:])[0], together[1])
+    assert (together.int() - _expected(tiny, tokens).int()).abs().max() <= 1
 
 
 def test_bf16_operands(tokenizer: Tokenizer) -> None:
@@ -119,13 +163,28 @@ def test_changed_weights_are_read_into_the_same_places() -> None:
     tokenizer.load_state_dict(golden_state_dict(tokenizer))
     decoder, tokens = DeviceDecoder(tokenizer, batch=1), _tokens(tokenizer, 1)
     before = decoder.decode(tokens)
-    places = [weight.data_ptr() for weight in decoder._weights.values()]
+    places = [weight.data_ptr() for weight in decoder._network.weights.values()]
     with torch.no_grad():
         tokenizer.decoder.conv_out.weight.mul_(-1)
     assert torch.equal(decoder.decode(tokens), before)
     decoder.refresh()
     assert (decoder.decode(tokens).int() - _expected(tokenizer, tokens).int()).abs().max() <= 1
-    assert places == [weight.data_ptr() for weight in decoder._weights.values()]
+    assert places == [weight.data_ptr() for weight in decoder._network.weights.values()]
+
+
+def test_how_its_norms_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU by Triton, where it is installed: without it in plain torch, or an error if Triton was asked for."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    for asked in ("auto", "cuda", "triton", {"skinny_linear": "reference"}):
+        assert resolve_norms(gpu, asked) == dict.fromkeys(NORM_OPS, "triton")
+    assert resolve_norms(gpu, "reference") == dict.fromkeys(NORM_OPS, "reference")
+    mixed = {"group_norm_silu": "triton", "residual_moments": "reference"}
+    assert resolve_norms(gpu, {"residual_moments": "reference"}) == mixed
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert resolve_norms(gpu) == dict.fromkeys(NORM_OPS, "reference")
+    with pytest.raises(BackendUnavailableError, match="triton is not installed"):
+        resolve_norms(gpu, {"group_norm_silu": "triton"})
 
 
 def test_where_it_is_chosen(vq: Tokenizer) -> None:
