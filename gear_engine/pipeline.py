@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,10 +76,9 @@ class Pipeline:
         self.tokenizer = tokenizer.eval()
         self.text_encoder = text_encoder
         self._options = {"dtype": dtype, "backend": backend, "weight_format": weight_format, "cache_dtype": cache_dtype}
-        self._decode_dtype = decode_dtype
-        self._decoder = choose_decoder(self.tokenizer, decode_dtype, decode_batch, backend)
-        self.max_images = max_images
-        self.decode_batch = decode_batch
+        self._choose_decoder = partial(choose_decoder, self.tokenizer, decode_dtype, decode_batch, backend)
+        self._decoder = self._choose_decoder()
+        self.max_images, self.decode_batch = max_images, decode_batch
         self.memory_budget = memory_budget
         self._engine: Engine | None = None
         self._empty_caption: CaptionFeatures | None = None
@@ -174,7 +174,7 @@ class Pipeline:
         self.tokenizer.to(device)
         if self.text_encoder is not None:
             self.text_encoder.model.to(device)
-        self._decoder = choose_decoder(self.tokenizer, self._decode_dtype, self.decode_batch, self.backend)
+        self._decoder = self._choose_decoder()
         self.invalidate()
         return self
 
