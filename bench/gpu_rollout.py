@@ -6,9 +6,10 @@
 
 Weights are random, in bf16, with guidance. ``floor_ms`` is the linear weights and the average cache of a step over the
 read bandwidth measured in the same run; ``equal`` says whether captured and called programs drew the same tokens.
-Philox draws; ``--peers`` runs the official sampler as shipped (fp32), in bf16, and in bf16 compiled with CUDA graphs.
-A compiled peer counts only if no graph was skipped and graphs were launched; otherwise, or if a peer fails, the exit
-status is 1. ``--profile`` runs one layer of LlamaGen-XL and marks what a profiler should look at.
+Philox draws, called as :class:`gear_engine.Pipeline` does. ``--peers`` runs the official sampler as shipped (fp32), in
+bf16, and in bf16 compiled with CUDA graphs. A compiled peer counts only if no graph was skipped and graphs were
+launched; otherwise, or if a peer fails, the exit status is 1. ``--profile`` runs one layer of LlamaGen-XL and marks
+what a profiler should look at.
 
 Not run on hardware yet.
 """
@@ -81,7 +82,11 @@ def measure(
     expected = called.generate(labels, GUIDED)
     found = engine.generate(labels, GUIDED)
     del called
-    samples = seconds_of(lambda: engine.generate(labels, GUIDED), device, rounds)
+
+    def rollout() -> torch.Tensor:
+        return engine.generate(labels, GUIDED, progress=lambda made, total: None)
+
+    samples = seconds_of(rollout, device, rounds)
     step = 1e3 * statistics.median(samples) / tokens
     floor = 1e3 * step_bytes(engine, images, tokens) / read
     cost = engine.capture_cost

@@ -12,6 +12,7 @@ change by copies into its buffers (:class:`StagingRing`), in stream order.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +20,14 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["CaptureCost", "EagerLauncher", "Executor", "GraphLauncher", "Launcher", "StagingRing"]
+__all__ = ["CaptureCost", "EagerLauncher", "Executor", "GraphLauncher", "Launcher", "StagingRing", "on_device"]
 
 Step = Callable[[], None]
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes ``device`` the current one if it is a CUDA device: events, and launches that name no stream, go there."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -102,13 +108,17 @@ class GraphLauncher:
 
     def prepare(self, step: Step) -> Executor:
         begin = time.perf_counter()
-        with torch.cuda.device(self._device):
+        with on_device(self._device), torch.cuda.stream(torch.cuda.current_stream()):
+            # The outer context: a capture that fails in its end would leave its own stream current.
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                for _ in range(self.warmups):
-                    step()
-            current.wait_stream(self._stream)
+            try:
+                with torch.cuda.stream(self._stream):
+                    for _ in range(self.warmups):
+                        step()
+            finally:
+                # After an exception too: what follows reads and reuses what the steps that were launched write.
+                current.wait_stream(self._stream)
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             before, _ = torch.cuda.mem_get_info()
@@ -162,9 +172,11 @@ class StagingRing:
 
     def send(self, target: torch.Tensor) -> None:
         """Copies the buffer acquired last to ``target``, in stream order."""
-        target.copy_(self.buffers[self._next], non_blocking=True)
-        if self._new_event is not None:
-            event = self._events[self._next] or self._new_event()
-            event.record()
-            self._events[self._next] = event
+        # An event belongs to the current device's stream, a copy to the one of its target's.
+        with on_device(target.device):
+            target.copy_(self.buffers[self._next], non_blocking=True)
+            if self._new_event is not None:
+                event = self._events[self._next] or self._new_event()
+                event.record()
+                self._events[self._next] = event
         self._next = (self._next + 1) % len(self.buffers)

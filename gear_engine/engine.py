@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from gear_engine import memory
-from gear_engine.cuda_graph import CaptureCost
+from gear_engine.cuda_graph import CaptureCost, on_device
 from gear_engine.errors import ConfigError, InvalidRequestError, NumericalError
 from gear_engine.kv_cache import CacheDtype, StaticKVCache, resolve_cache_dtype
 from gear_engine.models.condition import Condition
-from gear_engine.models.transformer import Transformer
+from gear_engine.models.transformer import Transformer, weights_of
 from gear_engine.models.weights import GeneratorWeights
 from gear_engine.ops import GeneratorOps
 from gear_engine.ops.skinny_linear import PackKind
@@ -22,15 +23,12 @@ from gear_engine.request import ImageRequest, RngMode, SamplingParams, check_len
 from gear_engine.sampler import Noise, TorchNoise
 from gear_engine.scheduler import ScheduledBatch, Scheduler
 from gear_engine.step_program import Execution, make_steps, resolve_execution
-from gear_engine.steps import TokensSoFar
+from gear_engine.steps import ProgressCallback, StepCallback, TokensSoFar
 
 __all__ = ["Engine", "FinishedImage"]
 
 _LOWER = "lower max_images, or choose a smaller dtype"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-#: ``callback(step, total, tokens_so_far)``; tokens int32 (B, n), -1 where nothing is drawn yet.
-StepCallback = Callable[[int, int, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class Engine:
         execution: Execution = "auto",
         cache_dtype: CacheDtype | None = None,
     ) -> None:
-        weights = _weights_of(generator)
+        weights = weights_of(generator)
         config = self.config = weights.config
         self.dtype = weights.dtype if dtype is None else dtype
         self.device = weights.device
@@ -102,7 +100,7 @@ class Engine:
         self.execution = resolve_execution(execution, self.ops, self.device)
         self._check_fits(weights, stored, memory_budget)
         self._weights: GeneratorWeights | None = None
-        with memory.out_of_memory_is_typed(_LOWER):
+        with on_device(self.device), memory.out_of_memory_is_typed(_LOWER):
             self.cache = StaticKVCache(config, 2 * max_images, self.max_new_tokens, stored, self.device)
             self._steps = make_steps(self.execution, config, self.ops, self.cache)
         self._tokens = self._steps.tokens
@@ -137,7 +135,7 @@ class Engine:
         self._steps.unbind()
         self._weights = None
         if generator is not None:
-            weights = _weights_of(generator)
+            weights = weights_of(generator)
             if weights.config != self.config:
                 raise ConfigError(f"the engine was built for {self.config}, not for {weights.config}")
             copied = weights.nbytes_as(self.dtype, self.weight_format)
@@ -155,7 +153,7 @@ class Engine:
 
         Raises OutOfMemoryError if the graphs do not fit.
         """
-        with memory.out_of_memory_is_typed(_LOWER), torch.inference_mode():
+        with self._at_work():
             self._steps.prepare(self.weights, with_noise=rng == "torch")
 
     @property
@@ -167,7 +165,8 @@ class Engine:
         """Drops every request, waiting or in flight."""
         self.scheduler.clear()
         self._finished: list[FinishedImage] = []
-        self._steps.reset()
+        with on_device(self.device):
+            self._steps.reset()
 
     @property
     def weights(self) -> GeneratorWeights:
@@ -204,6 +203,7 @@ class Engine:
         generator: torch.Generator | None = None,
         max_new_tokens: int | None = None,
         callback: StepCallback | None = None,
+        progress: ProgressCallback | None = None,
     ) -> torch.Tensor:
         """Tokens of B images.
 
@@ -215,7 +215,9 @@ class Engine:
             seeds: Philox only: one per image; None means 0 ... B - 1.
             generator: torch only; None means the global one of the engine's device.
             max_new_tokens: tokens per image; None means the engine's maximum.
-            callback: called after every step; an exception of its drops this batch and leaves the engine usable.
+            callback: called after every step, so that steps are made one at a time, and sees the tokens; an exception
+                of its drops this batch and leaves the engine usable.
+            progress: called whenever the engine looks up: after some steps, as many as it makes without.
 
         Returns:
             int32 (B, max_new_tokens) on the engine's device.
@@ -237,14 +239,19 @@ class Engine:
             row_of = {image.request_id: row for row, image in enumerate(images)}
             so_far = TokensSoFar(out, self._tokens, row_of)
             steps = -(-batch // self.max_images) * total
-            step = 0
+            done = 0
             while self.num_unfinished:
                 for finished in self._step(noise, 1 if callback is not None else total):
                     out[row_of[finished.request_id]] = finished.tokens
+                    done += 1
+                # All images are equally long: they come in waves, each in step.
+                running = self.scheduler.running
+                made = -(-done // self.max_images) * total + (running[0].drawn if running else 0)
                 if callback is not None:
-                    so_far.update(self.scheduler.running)
-                    callback(step, steps, out)
-                    step += 1
+                    so_far.update(running)
+                    callback(made - 1, steps, out)
+                if progress is not None:
+                    progress(made, steps)
         finally:
             # Nothing is left after a complete run; after an exception the unfinished images go.
             if noise is not None:
@@ -259,10 +266,16 @@ class Engine:
         """
         return self._step(None)
 
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Around everything that launches work: kernels and events belong to the engine's device."""
+        autocast = torch.autocast(self.device.type, enabled=False)
+        with on_device(self.device), memory.out_of_memory_is_typed(_LOWER), torch.inference_mode(), autocast:
+            yield
+
     def _step(self, noise: Noise | None, limit: int = 1) -> list[FinishedImage]:
         """Up to ``limit`` tokens for every image in flight, as long as nobody joins or leaves."""
-        autocast = torch.autocast(self.device.type, enabled=False)
-        with memory.out_of_memory_is_typed(_LOWER), torch.inference_mode(), autocast:
+        with self._at_work():
             batches = self.scheduler.schedule()
             for batch in batches:
                 if batch.is_prefill:
@@ -285,11 +298,3 @@ class Engine:
             with torch.inference_mode(False):
                 drawn = self._tokens[image.cond_slot, : image.total].to(torch.int32)
                 self._finished.append(FinishedImage(image.request_id, drawn))
-
-
-def _weights_of(generator: Transformer | GeneratorWeights) -> GeneratorWeights:
-    if isinstance(generator, GeneratorWeights):
-        return generator
-    if generator.training:
-        raise ConfigError("the generator is in training mode: call eval() first")
-    return generator.weights()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +12,7 @@ from pathlib import Path
 import torch
 
 from gear_engine.config import GeneratorConfig, TokenizerConfig
-from gear_engine.errors import OutOfMemoryError
+from gear_engine.errors import GearError, OutOfMemoryError
 from gear_engine.kv_cache import StaticKVCache
 from gear_engine.ops.decode_attention import FP8
 from gear_engine.segments import buckets
@@ -90,17 +92,38 @@ def available_bytes(device: torch.device) -> int | None:
     return min(found + _group_bytes(), default=None)
 
 
+#: What errors say that have no type of their own: the CUDA runtime's (from graphs, and from our kernels), those of its
+#: libraries (CUBLAS_STATUS_ALLOC_FAILED), and that of torch's allocator for the CPU.
+_SAYS_OUT_OF_MEMORY = re.compile(r"out of memory|alloc_failed|not enough memory|can't allocate memory", re.IGNORECASE)
+
+
+def _out_of_memory_in(error: BaseException | None, before: BaseException | None) -> BaseException | None:
+    """``error``, or what it was raised in the wake of, if that says that memory ran out: ending a capture that failed
+    for lack of memory raises an error of its own. Not ``before``, which others are dealing with."""
+    while error is not None and error is not before:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or _SAYS_OUT_OF_MEMORY.search(str(error)):
+            return error
+        error = error.__context__
+    return None
+
+
 @contextmanager
 def out_of_memory_is_typed(hint: str) -> Iterator[None]:
-    """Turns torch's error for memory that is not there into :class:`gear_engine.errors.OutOfMemoryError`.
+    """Turns errors for memory that is not there, torch's, CUDA's and the C++ library's, into
+    :class:`gear_engine.errors.OutOfMemoryError`.
 
     What the work held in its variables is let go of, so that who catches the error has that memory again.
     """
+    before = sys.exception()
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        traceback.clear_frames(error.__traceback__)
-        message = str(error).split("\n")[0]
+    except (RuntimeError, MemoryError) as error:
+        cause = _out_of_memory_in(error, before)
+        if cause is None or isinstance(error, GearError):
+            raise
+        for each in (cause, error):
+            traceback.clear_frames(each.__traceback__)
+        message = str(cause).split("\n")[0]
         raise OutOfMemoryError(f"the device ran out of memory ({message}); {hint}") from None
 
 

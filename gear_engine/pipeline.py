@@ -280,11 +280,9 @@ class Pipeline:
             for start in range(0, count, size):
                 first = bar.n
 
-                def on_step(step: int, total: int, tokens: torch.Tensor, first: int = first) -> None:
+                def on_progress(made: int, total: int, first: int = first) -> None:
                     bar.total = max(bar.total or 0, first + total)
-                    bar.update(first + step + 1 - bar.n)
-                    if callback is not None:
-                        callback(self, first + step, step, {"tokens": tokens})
+                    bar.update(first + made - bar.n)
 
                 parts.append(
                     engine.generate(
@@ -293,7 +291,8 @@ class Pipeline:
                         rng="torch" if keys is None else "philox",
                         seeds=None if keys is None else keys[start : start + size],
                         generator=generator,
-                        callback=on_step,
+                        callback=inputs.engine_callback(self, callback, first),
+                        progress=on_progress,
                     )
                 )
                 decoding.add(parts[-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -18,6 +18,7 @@ from gear_engine.hub import local_path
 from gear_engine.memory import available_bytes, check_fits, decoder_bytes
 from gear_engine.models.condition import TextCondition
 from gear_engine.models.transformer import Transformer
+from gear_engine.steps import StepCallback
 from gear_engine.text_encoders import CaptionFeatures, TextEncoder
 from gear_engine.tokenizers import Tokenizer
 
@@ -26,6 +27,7 @@ __all__ = [
     "check_call",
     "check_fit",
     "encoded",
+    "engine_callback",
     "label_list",
     "repeat",
     "seed_list",
@@ -192,3 +194,13 @@ def split_overrides(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
         {name: value for name, value in overrides.items() if name in generator},
         {name: value for name, value in overrides.items() if name in tokenizer},
     )
+
+
+def engine_callback(pipe: Any, callback: Callable[..., Any] | None, first: int) -> StepCallback | None:
+    """A pipeline's ``callback`` as the engine calls it, for a part of a call that begins at step ``first``.
+
+    None stays None: the engine makes many steps at a time unless somebody looks at the tokens.
+    """
+    if callback is None:
+        return None
+    return lambda step, total, tokens: callback(pipe, first + step, step, {"tokens": tokens})

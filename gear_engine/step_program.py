@@ -8,7 +8,8 @@ tokens from and writes the drawn ones to, and under ``rng="torch"`` the noise. T
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -141,14 +142,25 @@ class ProgramSteps(Steps):
 
     def prepare(self, weights: GeneratorWeights, *, with_noise: bool) -> None:
         """Prepares the programs of all buckets."""
-        for bucket in buckets(self.max_rows):
-            self._program(weights, bucket, with_noise)
+        with self._counted():
+            for bucket in buckets(self.max_rows):
+                self._program(weights, bucket, with_noise)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Around launches: after an exception it is unknown whether the last one counts, and the device knows."""
+        try:
+            yield
+        except BaseException:
+            self._sent = None
+            self._launched = int(self._buffers.counter)
+            raise
 
     def decode(self, weights: GeneratorWeights, batch: ScheduledBatch, noise: Noise | None, limit: int) -> int:
         """Up to ``limit`` tokens of every image, as long as the rows stay the same."""
         segment = plan_segment(batch, self.max_rows, limit)
         torch_noise = noise if isinstance(noise, TorchNoise) else None
-        try:
+        with self._counted():
             program = self._program(weights, segment.bucket, torch_noise is not None)
             self._send(batch.version, segment)
             for _ in range(segment.steps):
@@ -156,11 +168,6 @@ class ProgramSteps(Steps):
                     torch_noise.fill(self._buffers.noise[: segment.images], [row.params for row in segment.rows])
                 program.run()
                 self._launched += 1
-        except BaseException:
-            # Whether the last launch counts is unknown: the device knows.
-            self._sent = None
-            self._launched = int(self._buffers.counter)
-            raise
         return segment.steps
 
     def _send(self, version: int, segment: Segment) -> None:

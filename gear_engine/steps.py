@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import torch
@@ -18,10 +18,15 @@ from gear_engine.runner import decode_step, prefill
 from gear_engine.sampler import FiniteWatch, Noise, PhiloxNoise
 from gear_engine.scheduler import ScheduledBatch, ScheduledImage
 
-__all__ = ["Steps", "TokensSoFar"]
+__all__ = ["ProgressCallback", "StepCallback", "Steps", "TokensSoFar"]
 
 #: A compiled call that makes several steps begins none after so many seconds: signals are seen between calls.
 CALL_SECONDS: Final = 0.25
+
+#: ``callback(step, total, tokens_so_far)``; tokens int32 (B, n), -1 where nothing is drawn yet.
+StepCallback = Callable[[int, int, torch.Tensor], None]
+#: ``progress(steps, total)``: so many of a call's steps are made; on a GPU, launched.
+ProgressCallback = Callable[[int, int], None]
 
 
 class Steps:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gear_engine.engine import Engine
-from gear_engine.errors import NumericalError
+from gear_engine.errors import NumericalError, OutOfMemoryError
 from gear_engine.request import ImageRequest, SamplingParams
 from tests.models_for_tests import CLASS, SETTINGS, small_model
 
@@ -86,3 +86,52 @@ def test_what_inert_rows_hold_is_not_seen() -> None:
     expected = Engine(small_model(), max_images=3, backend="reference").generate([1, 2], [params, P()], seeds=[3, 4])
     assert torch.equal(torch.stack([done[i] for i in ids]), expected)
     assert bool(torch.isfinite(engine.cache.kv).all())
+
+
+class _Failing:
+    """A launcher that warms up for real and then fails, as a capture does for which there is no memory."""
+
+    warmups = 2
+
+    def __init__(self, runs: int) -> None:
+        self.runs = runs
+
+    def prepare(self, step: Any) -> Any:
+        for _ in range(self.runs):
+            step()
+        raise torch.OutOfMemoryError("no room for the graph")
+
+
+@pytest.mark.parametrize("runs", [0, 1, 2])
+@pytest.mark.parametrize("rng", ["philox", "torch"])
+def test_a_failed_warm_up_leaves_the_counter_known(runs: int, rng: Any) -> None:
+    """The steps that ran before the failure have moved the device's counter."""
+    engine = Engine(small_model(), max_images=2, execution="eager")
+    source = {"seeds": [4, 5, 6]}
+    expected = engine.generate([1, 2, 3], SETTINGS[1], **source)
+    steps: Any = engine._steps
+    launcher, steps._launcher = steps._launcher, _Failing(runs)
+    steps._programs.clear()
+    with pytest.raises(OutOfMemoryError, match="no room for the graph"):
+        engine.warm_up(rng)
+    steps._launcher = launcher
+    assert steps._launched == int(steps._buffers.counter)
+    assert torch.equal(engine.generate([1, 2, 3], SETTINGS[1], **source), expected)
+
+
+def test_an_interrupt_between_two_segments_can_be_repeated() -> None:
+    """A rollout is one launch after another; the host can be interrupted where it looks up."""
+    engine = Engine(small_model(), max_images=2, execution="eager")
+    expected = engine.generate([1, 2, 3], SETTINGS[2], seeds=[4, 5, 6])
+    looked: list[int] = []
+
+    def interrupt(made: int, total: int) -> None:
+        looked.append(made)
+        if len(looked) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([1, 2, 3], SETTINGS[2], seeds=[4, 5, 6], progress=interrupt)
+    assert 1 == looked[0] < looked[1] < CLASS.block_size
+    assert engine.num_unfinished == 0
+    assert torch.equal(engine.generate([1, 2, 3], SETTINGS[2], seeds=[4, 5, 6]), expected)

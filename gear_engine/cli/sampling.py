@@ -243,10 +243,10 @@ class _Draw(DrawImages):
         condition = self._source.condition(indices)
         if args.rng == "torch":
             return self._engine.generate(
-                condition, self._params, rng="torch", generator=self.generator, callback=self.on_token
+                condition, self._params, rng="torch", generator=self.generator, progress=self.on_token
             )
         seeds = [image_seed(args.seed, index) for index in indices]
-        return self._engine.generate(condition, self._params, rng="philox", seeds=seeds, callback=self.on_token)
+        return self._engine.generate(condition, self._params, rng="philox", seeds=seeds, progress=self.on_token)
 
     def _pixels(self, tokens: torch.Tensor) -> torch.Tensor:
         from gear_engine.tokenizers import resize, to_uint8

@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from gear_engine.config import GeneratorConfig
-from gear_engine.errors import InvalidRequestError
+from gear_engine.errors import ConfigError, InvalidRequestError
 from gear_engine.models.condition import Condition, TextCondition
 from gear_engine.models.layers import CaptionEmbedder, LabelEmbedder, RMSNorm, TransformerBlock
 from gear_engine.models.rope import rope_table
 from gear_engine.models.weights import GeneratorWeights
 
-__all__ = ["Transformer", "prefix_mask"]
+__all__ = ["Transformer", "prefix_mask", "weights_of"]
 
 
 def prefix_mask(mask: torch.Tensor, length: int, text_attn: str) -> torch.Tensor:
@@ -106,3 +106,12 @@ class Transformer(nn.Module):
             h = layer(h, rope, mask)
         logits: torch.Tensor = self.output(self.norm(h)).float()
         return logits
+
+
+def weights_of(generator: Transformer | GeneratorWeights) -> GeneratorWeights:
+    """The weights of a module by reference, or the given ones; raises :class:`ConfigError` in training mode."""
+    if isinstance(generator, GeneratorWeights):
+        return generator
+    if generator.training:
+        raise ConfigError("the generator is in training mode: call eval() first")
+    return generator.weights()
