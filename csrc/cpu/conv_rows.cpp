@@ -137,7 +137,9 @@ void tile(const ConvRows& call, std::int64_t first_row, std::int64_t last_row, s
 }  // namespace
 
 void conv_rows_tile(const ConvRows& call, std::int64_t first_row, std::int64_t last_row, std::int64_t block) {
-  call.edge == 3 ? tile<3>(call, first_row, last_row, block) : tile<2>(call, first_row, last_row, block);
+  call.edge == 3   ? tile<3>(call, first_row, last_row, block)
+  : call.edge == 2 ? tile<2>(call, first_row, last_row, block)
+                   : tile<1>(call, first_row, last_row, block);
 }
 
 }  // namespace gear::GEAR_ISA

@@ -17,21 +17,27 @@ struct ConvRows {
   const float* bias;    // [out_channels] or null
   float* y;             // [rows, width, out_channels]
   std::int64_t x_width, width, in_channels, out_channels;
-  int edge;     // 2 or 3
+  int edge;     // 1, 2 or 3
   int padding;  // columns of zeros at the left
 };
 
-constexpr std::int64_t kWinogradTiles = 24;  // tiles of a task
+constexpr std::int64_t kWinogradTiles = 24;  // most tiles of a task
+constexpr std::int64_t kWinogradGroup = 12;  // tiles that any instruction set multiplies without a rest
 constexpr std::int64_t kWinogradPanel = 32;  // output channels of a panel of weights
 
-// As ConvRows, for 3 x 3 kernels, in tiles of tile x tile outputs; see conv_rows_winograd.cpp. `weight`:
-// [(tile + 2)^2, out / 32, depth, 32], zeros at the ends.
+// As ConvRows, in tiles of tile x tile outputs: 2 or 4 for 3 x 3 kernels, 5 for 2 x 2; see conv_rows_winograd.cpp.
+// `weight`: [winograd_frequencies, out / 32, depth, 32], zeros at the ends.
 struct WinogradRows {
   const float *x, *weight, *bias;
   float* y;
   std::int64_t rows, x_width, width, in_channels, out_channels;
   int padding, tile;
 };
+
+constexpr std::int64_t winograd_edge(std::int64_t tile) { return tile == 5 ? 2 : 3; }
+constexpr std::int64_t winograd_frequencies(std::int64_t tile) {
+  return (tile + winograd_edge(tile) - 1) * (tile + winograd_edge(tile) - 1);
+}
 
 // Input channels, padded.
 constexpr std::int64_t winograd_depth(std::int64_t in_channels) { return (in_channels + 15) / 16 * 16; }
@@ -56,7 +62,7 @@ void conv_rows(const float* x, const float* packed, const float* bias, float* y,
                std::int64_t x_width, std::int64_t width, std::int64_t in_channels, std::int64_t out_channels, int edge,
                int padding);
 
-// weight [out, in, 3, 3] -> the spectra that WinogradRows describes; tile is 2 or 4.
+// weight [out, in, edge, edge] -> the spectra that WinogradRows describes; tile is 2 or 4 (edge 3) or 5 (edge 2).
 void winograd_rows_pack(const float* weight, float* packed, std::int64_t out_channels, std::int64_t in_channels,
                         int tile);
 

@@ -56,9 +56,13 @@ void winograd_rows(const float* x, const float* packed, const float* bias, float
                    int padding, int tile) {
   const WinogradRows call{x, packed, bias, y, rows, x_width, width, in_channels, out_channels, padding, tile};
   const std::int64_t tiles = ceil_div(rows, tile) * ceil_div(width, tile);
-  parallel_for(ceil_div(tiles, kWinogradTiles), [&](std::int64_t task) noexcept {
-    const std::int64_t first = task * kWinogradTiles;
-    GEAR_DISPATCH(winograd_rows_tiles)(call, first, std::min(tiles, first + kWinogradTiles));
+  // Groups of tiles that are multiplied together go evenly to as few tasks as hold them, for as many threads.
+  const std::int64_t groups = ceil_div(tiles, kWinogradGroup), threads = num_threads();
+  const std::int64_t tasks = std::min(groups, ceil_div(ceil_div(tiles, kWinogradTiles), threads) * threads);
+  parallel_for(tasks, [&](std::int64_t task) noexcept {
+    const std::int64_t first = groups * task / tasks * kWinogradGroup;
+    const std::int64_t last = groups * (task + 1) / tasks * kWinogradGroup;
+    GEAR_DISPATCH(winograd_rows_tiles)(call, first, std::min(tiles, last));
   });
 }
 

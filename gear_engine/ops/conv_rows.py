@@ -6,9 +6,9 @@
 Adding all in * k * k products of an output one after another, as channels-last convolutions commonly do, loses five
 times as much of fp32 over 4608 products as adding up chunks. Rows are not padded: y has k - 1 rows fewer than source.
 
-A 3 x 3 kernel may be packed for Winograd's F(2 x 2, 3 x 3) or F(4 x 4, 3 x 3): 4 or 2.25 products per output and input
-channel in place of 9, summed over at most 128 channels at a time. On random operands the largest error is that of
-chunks for tiles of 2 and twenty times that for tiles of 4. Source: Lavin and Gray, CVPR 2016.
+A kernel may be packed for Winograd's F(2 x 2, 3 x 3) or F(4 x 4, 3 x 3), 4 or 2.25 products per output and input
+channel in place of 9, or F(5 x 5, 2 x 2), 1.44 in place of 4, summed over at most 128 channels at a time. Source: Lavin
+and Gray, CVPR 2016. ``python -m gear_engine.bench.conv_rows`` shows the error of each form beside its speed.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ __all__ = ["PackedKernel", "conv_rows", "pack", "packed_shape", "reference"]
 _BLOCK = 64
 _CHUNK = 16
 _PANEL = 32
-#: tile -> the left inverse of its kernel transform G: [3, tile + 2].
+#: tile -> the left inverse of its kernel transform G: [k, tile + k - 1].
 _KERNEL_INVERSES = {
     2: ((1, 0, 0, 0), (0, 1, -1, 0), (0, 0, 0, 1)),
     4: ((225 / 256, 0, 0, 0, 0, 0), (0, -595 / 512, 595 / 512, 0, 0, 0), (0, 0, 0, 0, 0, 1)),
+    5: ((225 / 256, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 1)),
 }
 
 
@@ -38,9 +39,9 @@ class PackedKernel:
 
     Attributes:
         data: fp32 [ceil(out / 64), ceil(in / 16), k, k, 16, 64], zeros where channels end; for a tile
-            [(tile + 2)^2, ceil(out / 32), 16 ceil(in / 16), 32].
+            [(tile + k - 1)^2, ceil(out / 32), 16 ceil(in / 16), 32].
         out_channels, in_channels, edge: of the weight [out, in, edge, edge].
-        tile: outputs along the edge of a Winograd tile, 2 or 4; 0: no Winograd.
+        tile: outputs along the edge of a Winograd tile, 2 or 4 (k = 3) or 5 (k = 2); 0: no Winograd.
     """
 
     data: torch.Tensor
@@ -53,7 +54,7 @@ class PackedKernel:
         """The weight [out, in, edge, edge]; up to rounding for a tile."""
         if self.tile:
             inverse = torch.tensor(_KERNEL_INVERSES[self.tile], dtype=torch.float32)
-            spectra = self.data.permute(1, 3, 2, 0).flatten(0, 1).unflatten(-1, (self.tile + 2, self.tile + 2))
+            spectra = self.data.permute(1, 3, 2, 0).flatten(0, 1).unflatten(-1, (inverse.shape[1], -1))
             weight: torch.Tensor = inverse @ spectra @ inverse.T
             return weight[: self.out_channels, : self.in_channels]
         full = self.data.permute(0, 5, 1, 4, 2, 3).reshape(-1, self.data.shape[1] * _CHUNK, self.edge, self.edge)
@@ -65,12 +66,12 @@ def packed_shape(shape: tuple[int, ...], tile: int = 0) -> tuple[int, ...]:
     out_channels, in_channels, edge = shape[:3]
     chunks = -(-in_channels // _CHUNK)
     if tile:
-        return ((tile + 2) ** 2, -(-out_channels // _PANEL), chunks * _CHUNK, _PANEL)
+        return ((tile + edge - 1) ** 2, -(-out_channels // _PANEL), chunks * _CHUNK, _PANEL)
     return (-(-out_channels // _BLOCK), chunks, edge, edge, _CHUNK, _BLOCK)
 
 
 def pack(weight: torch.Tensor, tile: int = 0, data: torch.Tensor | None = None) -> PackedKernel:
-    """Packs an fp32 CPU weight [out, in, k, k], k = 2 or 3; for Winograd if ``tile`` is 2 or 4 (k = 3).
+    """Packs an fp32 CPU weight [out, in, k, k], k = 1, 2 or 3; for Winograd if ``tile`` is 2 or 4 (k = 3) or 5 (k = 2).
 
     Args:
         data: contiguous fp32 memory of :func:`packed_shape` for the result, or None.
@@ -78,13 +79,13 @@ def pack(weight: torch.Tensor, tile: int = 0, data: torch.Tensor | None = None) 
     Raises:
         ValueError: another shape, dtype, device or tile.
     """
-    square = weight.dim() == 4 and weight.shape[2] == weight.shape[3] and weight.shape[2] in (2, 3)
+    square = weight.dim() == 4 and weight.shape[2] == weight.shape[3] and weight.shape[2] in (1, 2, 3)
     if not square or weight.numel() == 0 or weight.dtype != torch.float32 or weight.device.type != "cpu":
-        raise ValueError(f"a CPU fp32 weight [out, in, k, k] with k 2 or 3 is wanted, got {tuple(weight.shape)}")
+        raise ValueError(f"a CPU fp32 weight [out, in, k, k] with k 1, 2 or 3 is wanted, got {tuple(weight.shape)}")
     weight = weight.detach().contiguous()
     out_channels, in_channels, edge = weight.shape[:3]
-    if tile and (tile not in _KERNEL_INVERSES or edge != 3):
-        raise ValueError(f"tiles of 2 or 4 outputs are for 3 x 3 kernels, not {tile} for {edge} x {edge}")
+    if tile and (tile not in _KERNEL_INVERSES or len(_KERNEL_INVERSES[tile]) != edge):
+        raise ValueError(f"tiles are 2 or 4 for 3 x 3 kernels and 5 for 2 x 2, not {tile} for {edge} x {edge}")
     shape = packed_shape(tuple(weight.shape), tile)
     if data is None:
         data = torch.empty(shape)

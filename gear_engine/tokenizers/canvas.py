@@ -78,30 +78,41 @@ class Canvas:
     def replace(self, height: int, width: int, channels: int) -> None:
         """Makes ``x`` a new, uninitialised stream; the old one stays readable until the next call."""
         self._parity ^= 1
-        self.x = self._arena.empty(f"x{self._parity}", (height, width, channels), torch.float32)
+        self.x = self._arena.empty(f"x{self._parity}", (height + 2, width, channels), torch.float32)[1:-1]
         self.moments = torch.empty(height, self._num_groups, 2, dtype=torch.float64)
 
-    def strips(self, channels: int, rows: int | None = None) -> Iterator[tuple[int, int]]:
-        """Cuts the rows of ``x`` (or ``rows``) so that one strip's convolution output is about ``STRIP_BYTES``.
-
-        Every strip begins at a multiple of ``STRIP_ROWS``, where a convolution's tiles do.
+    def strips(self, channels: int, *, tile: int = STRIP_ROWS, overlap: int = 0) -> Iterator[tuple[int, int]]:
+        """Cuts the rows of ``x`` so that one strip's convolution output is about ``STRIP_BYTES``.
 
         Args:
             channels: output channels of the convolution.
+            tile: rows of a convolution's tile; every strip but the last has whole ones.
+            overlap: rows of its output that a strip has more.
         """
         height, width = self.x.shape[:2]
-        total = height if rows is None else rows
-        groups = -(-total // STRIP_ROWS)
-        step = max(1, STRIP_BYTES // (STRIP_ROWS * width * channels * self.dtype.itemsize))
-        count = -(-groups // step)
-        for index in range(count):
-            first, last = groups * index // count, groups * (index + 1) // count
-            yield first * STRIP_ROWS, min(last * STRIP_ROWS, total)
+        most = max(1, STRIP_BYTES // (tile * width * channels * self.dtype.itemsize))
+        count = -(-height // (most * tile - overlap))
+        # Strips of about one size.
+        rows = -(-(height + count * overlap) // (count * tile)) * tile - overlap
+        for first in range(0, height, rows):
+            yield first, min(first + rows, height)
 
     def padded(self) -> torch.Tensor:
         """An operand [H + 2, W, C] in the convolutions' dtype with zero rows above and below; rows 1 .. H are free."""
         height, width, channels = self.x.shape
         operand = self._arena.empty("operand", (height + 2, width, channels), self.dtype)
+        operand[0] = 0
+        operand[-1] = 0
+        return operand
+
+    def stream(self) -> torch.Tensor:
+        """``x`` as an operand like :meth:`padded`: in fp32 where it lies, between rows that nobody else reads."""
+        height, width, channels = self.x.shape
+        if self.dtype != torch.float32:
+            operand = self.padded()
+            operand[1:-1].copy_(self.x)
+            return operand
+        operand = self._arena.empty(f"x{self._parity}", (height + 2, width, channels), torch.float32)
         operand[0] = 0
         operand[-1] = 0
         return operand

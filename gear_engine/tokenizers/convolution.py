@@ -8,7 +8,6 @@ from typing import Final
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from gear_engine.ops import backends, conv_rows
 from gear_engine.tokenizers.canvas import Arena
@@ -17,9 +16,11 @@ __all__ = ["Convolution", "Memory", "phase_weights"]
 
 #: Output channels from which on Winograd pays.
 _FEWEST_CHANNELS: Final = 16
-#: Pixels of an image from which on tiles of 4 pay. At 32 x 32 they still save 2 to 7% of a decode's time, but the sums
-#: over 512 channels there are where their error weighs most: 6.5e-6 of float64 rather than 5e-6.
-_TILE_4_PIXELS: Final = 4096
+#: Edge of a kernel -> edge of its Winograd tiles in small images and in large ones; 0: none.
+_TILES: Final = {1: (0, 0), 2: (0, 5), 3: (2, 4)}
+#: Pixels of a large image. At 32 x 32 tiles of 4 still save 2 to 7% of a decode's time, but the sums over 512 channels
+#: there are where their error weighs most: 6.5e-6 of float64 rather than 5e-6.
+_LARGE_PIXELS: Final = 4096
 #: (first row, row after the last, output [last - first (+ 1 for phases), W', out]).
 _Strip = tuple[int, int, torch.Tensor]
 #: Rows [h + k - 1, W, in] -> [h, W', out].
@@ -52,7 +53,7 @@ class Memory:
 class Convolution:
     """A convolution over channels-last rows that were padded above and below: [h + k - 1, W, in] -> [h, W', out].
 
-    In fp32 by :mod:`gear_engine.ops.conv_rows` (3 x 3 kernels by Winograd), in bf16 by oneDNN. oneDNN's channels-last
+    In fp32 by :mod:`gear_engine.ops.conv_rows` (by Winograd where that pays), in bf16 by oneDNN. oneDNN's channels-last
     fp32 convolution adds up to 4608 products one after another, which costs five times what the modules lose; its bf16
     one sums pairs in fp32, well below what rounding the operands costs.
 
@@ -79,12 +80,11 @@ class Convolution:
         if bias is not None:
             bias = bias.detach().to(self._dtype)
         size = weight.numel() * self._dtype.itemsize
+        tile = _TILES[self._halo + 1][pixels >= _LARGE_PIXELS] if self.out_channels >= _FEWEST_CHANNELS else 0
         if self._dtype == torch.bfloat16:
             found = _onednn(weight.to(self._dtype), bias, strip)
-        elif self._halo == 0:
-            found, size = _pointwise(weight, bias), 0
-        elif self._halo == 2 and self.out_channels >= _FEWEST_CHANNELS:
-            return _winograd(weight, bias, 4 if pixels >= _TILE_4_PIXELS else 2, self._memory.arena)
+        elif tile:
+            return _winograd(weight, bias, tile, self._memory.arena)
         else:
             found = _short_sums(conv_rows.pack(weight), bias)
         if self._memory.keep_weights:
@@ -114,13 +114,14 @@ class Convolution:
 
 
 def _short_sums(packed: conv_rows.PackedKernel, bias: torch.Tensor | None) -> _Convolve:
-    """fp32 convolution with a 3 x 3 or 2 x 2 kernel."""
+    """fp32 convolution with a kernel of one to three rows and columns."""
     run = backends.resolve("conv_rows", torch.device("cpu"), torch.float32).load()
     less = packed.edge - 1
+    padding = min(less, 1)
 
     def convolve(strip: torch.Tensor) -> torch.Tensor:
-        out = torch.empty(strip.shape[0] - less, strip.shape[1] + 2 - less, packed.out_channels)
-        run(strip, packed, bias, out)
+        out = torch.empty(strip.shape[0] - less, strip.shape[1] + 2 * padding - less, packed.out_channels)
+        run(strip, packed, bias, out, padding=padding)
         return out
 
     return convolve
@@ -130,16 +131,6 @@ def _winograd(weight: torch.Tensor, bias: torch.Tensor | None, tile: int, arena:
     """As :func:`_short_sums`, in tiles; the weight's spectra lie in the arena until the next convolution's do."""
     shape = conv_rows.packed_shape(tuple(weight.shape), tile)
     return _short_sums(conv_rows.pack(weight, tile, arena.empty("spectra", shape, torch.float32)), bias)
-
-
-def _pointwise(weight: torch.Tensor, bias: torch.Tensor | None) -> _Convolve:
-    """fp32 convolution with a 1 x 1 kernel: a product, read where the weight lies."""
-    matrix = weight.flatten(1)  # [out, in]
-
-    def convolve(strip: torch.Tensor) -> torch.Tensor:
-        return F.linear(strip, matrix, bias)
-
-    return convolve
 
 
 def _onednn(weight: torch.Tensor, bias: torch.Tensor | None, strip: torch.Tensor) -> _Convolve:

@@ -91,9 +91,8 @@ class _UpsampleStep:
 
     def __call__(self, canvas: Canvas, latent: torch.Tensor) -> None:
         height, width, _ = canvas.x.shape
-        operand = canvas.padded()
-        operand[1:-1].copy_(canvas.x)
-        bounds = list(canvas.strips(self.conv.out_channels))
+        operand = canvas.stream()
+        bounds = list(canvas.strips(self.conv.out_channels, tile=5, overlap=1))
         canvas.replace(2 * height, 2 * width, self.conv.out_channels // 4)
         for first, _, phases in self.conv(operand, bounds):  # [last - first + 1, W + 1, 4 C]
             canvas.put(phases.unflatten(2, (4, -1)), 2 * first, accumulate=False, phase_offset=1)
@@ -107,8 +106,7 @@ class _DepthToSpaceStep:
 
     def __call__(self, canvas: Canvas, latent: torch.Tensor) -> None:
         height, width, channels = canvas.x.shape
-        operand = canvas.padded()
-        operand[1:-1].copy_(canvas.x)
+        operand = canvas.stream()
         bounds = list(canvas.strips(self.conv.out_channels))
         canvas.replace(2 * height, 2 * width, channels)
         for first, _, phases in self.conv(operand, bounds):
@@ -239,5 +237,4 @@ class Decoder:
             step(canvas, latent)
         operand = canvas.padded()
         canvas.normalised(norm_out, operand[1:-1])
-        for first, last, strip in self._conv_out(operand, list(canvas.strips(canvas.x.shape[2]))):
-            image[:, first:last].copy_(strip.permute(2, 0, 1))
+        image.copy_(self._conv_out.whole(operand).permute(2, 0, 1))

@@ -12,7 +12,14 @@ from tests.golden_weights import relative_error
 
 pytestmark = pytest.mark.skipif(native.unavailable("conv_rows_cpu") is not None, reason="not compiled")
 #: rows, width, in, out, edge, padding
-SHAPES = [(1, 1, 1, 1, 3, 1), (2, 7, 20, 70, 3, 1), (3, 13, 33, 3, 3, 2), (2, 6, 16, 64, 2, 1), (1, 19, 5, 130, 2, 0)]
+SHAPES = [
+    (1, 1, 1, 1, 3, 1),
+    (2, 7, 20, 70, 3, 1),
+    (3, 13, 33, 3, 3, 2),
+    (2, 6, 16, 64, 2, 1),
+    (1, 19, 5, 130, 2, 0),
+    (3, 7, 33, 70, 1, 0),
+]
 
 
 def _exact(source: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: int) -> torch.Tensor:
@@ -22,9 +29,14 @@ def _exact(source: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 #: tile -> largest error that is accepted, relative to the largest sum of magnitudes
-BOUNDS = {0: 5e-7, 2: 5e-7, 4: 1e-6}
-CASES = [(*shape, tile) for tile in BOUNDS for shape in SHAPES if tile == 0 or shape[4] == 3]
-CASES += [(9, 11, 150, 40, 3, 1, 2), (9, 11, 150, 40, 3, 1, 4), (5, 6, 16, 33, 3, 0, 2), (5, 6, 16, 33, 3, 0, 4)]
+BOUNDS = {0: 5e-7, 2: 5e-7, 4: 1e-6, 5: 1e-6}
+EDGES = {2: 3, 4: 3, 5: 2}
+CASES = [(*shape, tile) for tile in BOUNDS for shape in SHAPES if tile == 0 or shape[4] == EDGES[tile]]
+CASES += [
+    (*shape, EDGES[tile], padding, tile)
+    for tile in EDGES
+    for *shape, padding in ((9, 11, 150, 40, 1), (5, 6, 16, 33, 0))
+]
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -44,30 +56,33 @@ def test_equals_a_float64_convolution(
         assert float((out - expected).abs().max() / magnitude) <= BOUNDS[tile]
 
 
-@pytest.mark.parametrize(("tile", "bound"), [(0, 4e-7), (2, 4e-7), (4, 1.3e-6)])
+@pytest.mark.parametrize(("tile", "bound"), [(0, 4e-7), (2, 4e-7), (4, 1.3e-6), (5, 1.3e-6)])
 def test_long_sums_lose_little(isa: str, tile: int, bound: float) -> None:
     """4608 products added one after another would be off by about 1.2e-6 (root mean square)."""
     generator = torch.Generator().manual_seed(0)
-    source = F.silu(torch.randn(6, 16, 512, generator=generator))
-    weight = torch.randn(64, 512, 3, 3, generator=generator)
-    out = torch.empty(4, 16, 64)
+    edge = EDGES.get(tile, 3)
+    source = F.silu(torch.randn(3 + edge, 16, 512, generator=generator))
+    weight = torch.randn(64, 512, edge, edge, generator=generator)
+    out = torch.empty(4, 19 - edge, 64)
     conv_rows(source, pack(weight, tile), None, out)
     expected = _exact(source, weight, None, 1)
     assert float((out - expected).square().mean().sqrt() / expected.square().mean().sqrt()) <= bound
 
 
-@pytest.mark.parametrize("tile", [0, 2, 4])
+@pytest.mark.parametrize("tile", [0, 2, 4, 5])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_neither_strips_nor_threads_change_a_bit(tile: int, count: int, isa: str) -> None:
-    source, kernel, bias = torch.randn(42, 21, 48), pack(torch.randn(80, 48, 3, 3), tile), torch.randn(80)
-    whole = torch.empty(40, 21, 80)
+    edge = EDGES.get(tile, 3)
+    source, kernel = torch.randn(39 + edge, 21, 48), pack(torch.randn(80, 48, edge, edge), tile)
+    bias, width = torch.randn(80), 24 - edge
+    whole = torch.empty(40, width, 80)
     conv_rows(source, kernel, bias, whole)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(count)
-        for first, last in ((0, 4), (4, 12), (12, 40)):
-            strip = torch.empty(last - first, 21, 80)
-            conv_rows(source[first : last + 2], kernel, bias, strip)
+        for first, last in ((0, 5), (5, 15), (15, 40)) if tile == 5 else ((0, 4), (4, 12), (12, 40)):
+            strip = torch.empty(last - first, width, 80)
+            conv_rows(source[first : last + edge - 1], kernel, bias, strip)
             assert torch.equal(strip, whole[first:last])
     finally:
         torch.set_num_threads(threads)
@@ -75,12 +90,12 @@ def test_neither_strips_nor_threads_change_a_bit(tile: int, count: int, isa: str
 
 def test_what_does_not_fit_is_refused() -> None:
     kernel, source = pack(torch.randn(8, 16, 3, 3)), torch.zeros(4, 5, 16)
-    with pytest.raises(ValueError, match="k 2 or 3"):
-        pack(torch.randn(8, 16, 1, 1))
-    with pytest.raises(ValueError, match="k 2 or 3"):
+    with pytest.raises(ValueError, match="k 1, 2 or 3"):
+        pack(torch.randn(8, 16, 4, 4))
+    with pytest.raises(ValueError, match="k 1, 2 or 3"):
         pack(torch.randn(8, 16, 3, 3).double())
-    for tile, edge in ((3, 3), (4, 2)):
-        with pytest.raises(ValueError, match="tiles of 2 or 4"):
+    for tile, edge in ((3, 3), (4, 2), (5, 3)):
+        with pytest.raises(ValueError, match="tiles are 2 or 4"):
             pack(torch.randn(8, 16, edge, edge), tile)
     with pytest.raises(ValueError, match=r"source is \[rows, W, 16\]"):
         conv_rows(source[..., :8], kernel, None, torch.empty(2, 5, 8))
