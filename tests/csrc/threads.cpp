@@ -16,6 +16,7 @@
 #include "cpu/conv_rows.h"
 #include "cpu/decode_attention.h"
 #include "cpu/decode_step.h"
+#include "cpu/decode_steps.h"
 #include "cpu/dual_readout.h"
 #include "cpu/group_norm_silu.h"
 #include "cpu/parallel.h"
@@ -109,7 +110,7 @@ class Weights {
   std::vector<std::vector<float>> scales_;
 };
 
-// Two steps of a model of two layers; fp32 activations.
+// Two steps of a model of two layers, then three in one call; fp32 activations.
 std::vector<float> step(gear::WeightKind kind) {
   constexpr int64_t layers = 2, dim = 64, ffn = 96, vocab = 203, heads = 4, kv_heads = 2, head_dim = 16;
   constexpr int64_t slots = 4, entries = 24, rows = 3;
@@ -155,6 +156,19 @@ std::vector<float> step(gear::WeightKind kind) {
   gear::cpu::decode_step(words.data(), 1e-5f, rows, tokens.data(), at.data(), positions.data(), logits.data());
   gear::cpu::decode_step(words.data(), 1e-5f, rows, tokens.data(), at.data(), later.data(),
                          logits.data() + rows * vocab);
+
+  // Image 0 is row 0, image 1 is guided: rows 1 and 2.
+  constexpr int64_t images = 2, length = 12;
+  std::vector<int64_t> drawn(images * length, 7);
+  const std::vector<int64_t> token_rows{1, 0}, first{5, 9}, uncond{-1, 2}, top_k{vocab, 40}, seeds{1, -7};
+  const std::vector<float> scale{1, 3}, temperature{1, 0.7f}, top_p{1, 0.9f};
+  const bool greedy[images] = {false, false};
+  const auto [made, finite] = gear::cpu::decode_steps(
+      words.data(), 1e-5f, 3, 1e9, rows, at.data(), drawn.data(), images, length, images, token_rows.data(),
+      first.data(), uncond.data(), scale.data(), temperature.data(), top_k.data(), top_p.data(), greedy, seeds.data());
+  logits.insert(logits.end(), drawn.begin(), drawn.end());
+  logits.push_back(static_cast<float>(made));
+  logits.push_back(finite);
   return logits;
 }
 
@@ -259,9 +273,9 @@ int main() {
   equal &= same_from_every_thread("codebook_quantize ip", [] { return quantize(1); });
   equal &= same_from_every_thread("skinny_linear", linear);
   equal &= same_from_every_thread("decode_attention", attention);
-  equal &= same_from_every_thread("decode_step fp32", [] { return step(gear::WeightKind::f32_rows); });
-  equal &= same_from_every_thread("decode_step bf16", [] { return step(gear::WeightKind::bf16_panels); });
-  equal &= same_from_every_thread("decode_step int8", [] { return step(gear::WeightKind::int8_panels); });
+  equal &= same_from_every_thread("decode_steps fp32", [] { return step(gear::WeightKind::f32_rows); });
+  equal &= same_from_every_thread("decode_steps bf16", [] { return step(gear::WeightKind::bf16_panels); });
+  equal &= same_from_every_thread("decode_steps int8", [] { return step(gear::WeightKind::int8_panels); });
   equal &= same_from_every_thread("sample_tokens noise", [] { return sampled(true); });
   equal &= same_from_every_thread("sample_tokens philox", [] { return sampled(false); });
   equal &= same_from_every_thread("philox_noise", philox);
