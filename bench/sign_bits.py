@@ -1,4 +1,7 @@
-"""Times sign_bits against torch eager: ``python -m gear_engine.bench.sign_bits``."""
+"""Times sign_bits against torch eager: ``python -m gear_engine.bench.sign_bits``.
+
+``image``: channels lie apart and the vectors side by side, as an encoder leaves one image.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,13 @@ from gear_engine.ops.sign_bits import reference, sign_bits
 def main() -> None:
     bandwidth = timing.measure_ceilings().read_bandwidth
     rows = []
-    for n, width, groups in ((4096, 14, 1), (65536, 14, 1), (65536, 32, 4)):
-        z = torch.randn(n, width)
+    for n, width, groups, layout in (
+        (4096, 14, 1, "rows"),
+        (65536, 14, 1, "rows"),
+        (65536, 14, 1, "image"),
+        (65536, 32, 4, "rows"),
+    ):
+        z = torch.randn(n, width) if layout == "rows" else torch.randn(width, n).t()
         calls = {
             "gear_engine": lambda z=z, g=groups: sign_bits(z, g),
             "torch eager": lambda z=z, g=groups: reference(z, g),
@@ -21,7 +29,9 @@ def main() -> None:
             row = timing.statistics(samples)
             moved = 8 * n * width + 8 * n * groups  # latent read, signs and indices written
             share = 100 * moved / (row["median_ms"] / 1e3) / bandwidth
-            rows.append({"N": n, "D": width, "groups": groups, "what": name, **row, "of_bandwidth_%": share})
+            rows.append(
+                {"N": n, "D": width, "groups": groups, "layout": layout, "what": name, **row, "of_bandwidth_%": share}
+            )
     print(timing.render(rows))
 
 

@@ -90,6 +90,12 @@ inline Vec exp2_integral(Vec n) {
 inline Vec zero_below(Vec x, Vec bound, Vec value) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_NLT_UQ), value);
 }
+// Bit i: lane i is > 0; that lane of `sign` is 1, otherwise -1.
+inline std::uint32_t positive_bits(Vec x, Vec& sign) {
+  const __mmask16 positive = _mm512_cmp_ps_mask(x, zero(), _CMP_GT_OQ);
+  sign = _mm512_mask_mov_ps(splat(-1.0f), positive, splat(1.0f));
+  return positive;
+}
 
 // Lane i of `even` and `odd`: elements 2 i and 2 i + 1 of p.
 inline void load_pairs(const bf16* p, Vec& even, Vec& odd) {
@@ -140,6 +146,11 @@ inline Vec exp2_integral(Vec n) {
 }
 inline Vec zero_below(Vec x, Vec bound, Vec value) {
   return _mm256_and_ps(_mm256_cmp_ps(x, bound, _CMP_NLT_UQ), value);
+}
+inline std::uint32_t positive_bits(Vec x, Vec& sign) {
+  const Vec positive = _mm256_cmp_ps(x, zero(), _CMP_GT_OQ);
+  sign = _mm256_blendv_ps(splat(-1.0f), splat(1.0f), positive);
+  return static_cast<std::uint32_t>(_mm256_movemask_ps(positive));
 }
 
 inline void load_pairs(const bf16* p, Vec& even, Vec& odd) {
@@ -195,6 +206,12 @@ inline Vec exp2_integral(Vec n) {
   return x;
 }
 inline Vec zero_below(Vec x, Vec bound, Vec value) { return x < bound ? zero() : value; }
+inline std::uint32_t positive_bits(Vec x, Vec& sign) {
+  sign = x > 0 ? splat(1.0f) : splat(-1.0f);
+  std::uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<std::uint32_t>(x[i] > 0) << i;
+  return bits;
+}
 
 inline void load_pairs(const bf16* p, Vec& even, Vec& odd) {
   even = Vec{to_float(p[0]), to_float(p[2]), to_float(p[4]), to_float(p[6])};
