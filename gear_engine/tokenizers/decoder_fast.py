@@ -6,9 +6,9 @@ and the 3 x 3 convolution after it become four 2 x 2 convolutions of the small i
 and two columns of it): 4 / 9 of the products, and the large operand is never built.
 
 ``dtype=torch.float32`` computes the modules' network to 3.8e-6 to 6.4e-6 of its range, measured against float64 for all
-six tokenizers at 256 px (convolutions go by Winograd where that pays); torch's own convolutions are off by 5e-6 with AVX-512 and
-by 6e-6 to 1.7e-5 with AVX2. ``torch.bfloat16`` rounds the operands and outputs of the convolutions and keeps residuals,
-norms and sums in fp32. An image's pixels never depend on the rest of its batch.
+six tokenizers at 256 px (convolutions go by Winograd where that pays); torch's own convolutions are off by 5e-6 with
+AVX-512 and by 6e-6 to 1.7e-5 with AVX2. ``torch.bfloat16`` rounds the operands and outputs of the convolutions and
+keeps residuals, norms and sums in fp32. An image's pixels never depend on the rest of its batch.
 """
 
 from __future__ import annotations
