@@ -103,7 +103,8 @@ def _tests(machine: Machine) -> tuple[str, ...]:
     ops = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/ops").glob("test_cuda_*.py"))
     several = () if _modules(machine, ["xdist"]) else ("-n", "4")
     plain = ("-v", "--tb=short", "--durations=15", "-m", "not slow", "-p", "no:cacheprovider", *several)
-    return (*plain, "tests/gpu", "tests/ops/test_triton_kernels.py", *ops)
+    others = ("test_triton_kernels.py", "test_not_finite.py")
+    return (*plain, "tests/gpu", *(f"tests/ops/{name}" for name in others), *ops)
 
 
 def plan(machine: Machine, out: Path, official: Path | None) -> list[Stage]:

@@ -46,7 +46,7 @@ JITFunction.run = run
 from gear_engine.ops.sample_tokens import SamplingTable
 from gear_engine.request import SamplingParams
 from gear_engine.triton_kernels import (codebook_quantize, decode_attention, dual_readout, group_norm_silu, philox,
-                                        residual_moments, sample_tokens, skinny_linear, soft_readout)
+                                        residual_moments, sample_tokens, sign_bits, skinny_linear, soft_readout)
 
 def table(params):
     return SamplingTable.build(params, [p.uses_guidance for p in params], 61, torch.device("cpu"))
@@ -70,6 +70,8 @@ z, codebook, row, code = torch.zeros(5, 8), torch.zeros(300, 8), torch.zeros(5),
 for inner_product in (False, True):
     codebook_quantize.codebook_quantize(z, row, codebook, code, inner_product)
 values = torch.zeros(300, 70)
+for dtype in (torch.float32, bf16):
+    sign_bits.sign_bits(torch.zeros(5, 30, dtype=dtype), 3)
 soft_readout.soft_readout(z, codebook, code, values, 2.0)
 dual_readout.dual_readout(torch.zeros(5, 70), row, row, z, codebook, code, values, 2.0, [False, True, False])
 for half in (torch.zeros(6, 5, 36, dtype=bf16), torch.zeros(6, 5, 36)):

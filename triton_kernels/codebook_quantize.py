@@ -5,6 +5,7 @@ codebook in blocks; inner products are chains of fused multiply-adds in ascendin
 cores, so that near-ties fall as the contract says. (A tensor-core product would round otherwise: it may only propose.)
 
 ``inner_product`` takes two walks: the maximum first, then the lowest index within 2^-25 of it, where exp() rounds to 1.
+Of scores that are no numbers the first wins, as in torch: each counts as the best there is.
 
 Runs under Triton's interpreter in the tests, where a fused multiply-add is rounded twice; not yet timed on a GPU.
 """
@@ -30,7 +31,8 @@ def _products(
     return product
 
 
-@triton.jit
+# One binary for every number of vectors.
+@triton.jit(do_not_specialize=["n"])
 def _codebook_quantize_kernel(
     z_t,
     z_norm,
@@ -54,7 +56,8 @@ def _codebook_quantize_kernel(
         for start in range(0, k, BLOCK_CODES):
             code = start + lane
             product = _products(z_t, codebook_t, row, code, n, k, WIDTH, BLOCK_ROWS, BLOCK_CODES)
-            best = tl.minimum(best, tl.min(tl.where((code < k)[None, :], -product, float("inf")), axis=1))
+            score = tl.where(product == product, -product, float("-inf"))
+            best = tl.minimum(best, tl.min(tl.where((code < k)[None, :], score, float("inf")), axis=1))
         # Phase 2: the first code whose softmax numerator rounds to that of the largest.
         best_index = tl.full([BLOCK_ROWS], 2147483647, tl.int32)
         for start in range(0, k, BLOCK_CODES):
@@ -63,13 +66,17 @@ def _codebook_quantize_kernel(
             equal = (-best[:, None] - product <= 2.9802322387695312e-08) & (code < k)[None, :]
             first = tl.min(tl.where(equal, code[None, :], 2147483647), axis=1)
             best_index = tl.minimum(best_index, first)
+        # No code is near a largest product that is not finite: every p of the softmax is then NaN.
+        best_index = tl.where(best_index < k, best_index, 0)
     else:
         norm = tl.load(z_norm + row, mask=row < n, other=0.0)
         for start in range(0, k, BLOCK_CODES):
             code = start + lane
             product = _products(z_t, codebook_t, row, code, n, k, WIDTH, BLOCK_ROWS, BLOCK_CODES)
             squares = norm[:, None] + tl.load(code_norm + code, mask=code < k, other=0.0)[None, :]
-            distance = tl.where((code < k)[None, :], squares - 2 * product, float("inf"))
+            distance = squares - 2 * product
+            distance = tl.where(distance == distance, distance, float("-inf"))
+            distance = tl.where((code < k)[None, :], distance, float("inf"))
             nearest = tl.min(distance, axis=1)
             first = tl.min(tl.where(distance == nearest[:, None], code[None, :], 2147483647), axis=1)
             # Strictly smaller only: an equal distance in a later block has a higher index.

@@ -17,7 +17,8 @@ import triton.language as tl
 from gear_engine.triton_kernels.soft_readout import block_sizes, load_block, mixture, weights
 
 
-@triton.jit
+# One binary for every number of vectors.
+@triton.jit(do_not_specialize=["own_count", "other_count"])
 def _score_gradient_kernel(
     own_vectors,
     other_vectors,

@@ -111,7 +111,8 @@ def _sample_kernel(
         score = tl.div_rn(probabilities, q)
     score = tl.where(keep, score, -1.0)
     winner = tl.min(tl.where(score == tl.max(score, axis=0), token, BLOCK), axis=0)
-    tl.store(out + image, winner.to(tl.int64))
+    # Of scores that are no numbers none equals the largest; the next step looks the token up before anyone is told.
+    tl.store(out + image, tl.where(winner < vocab_size, winner, 0).to(tl.int64))
 
 
 def sample_tokens(

@@ -19,7 +19,8 @@ import triton.language as tl
 ROWS: tl.constexpr = tl.constexpr(16)
 
 
-@triton.jit
+# One binary for every number of rows: Triton would compile others for 1 row and for multiples of 16.
+@triton.jit(do_not_specialize=["rows"])
 def _skinny_linear_kernel(
     x,
     weight,

@@ -47,7 +47,8 @@ def weights(own, other, own_shift, other_shift, live, scale, OWNS_ROWS: tl.const
         return tl.exp(score - other_shift[None, :])
 
 
-@triton.jit
+# One binary for every number of vectors, here and below.
+@triton.jit(do_not_specialize=["n"])
 def _lse_kernel(z, codebook, bias, lse, n, k, d, scale, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Online log-sum-exp of BLOCK rows."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -66,7 +67,7 @@ def _lse_kernel(z, codebook, bias, lse, n, k, d, scale, WIDTH: tl.constexpr, BLO
     tl.store(lse + row, top + tl.log(total), mask=row < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["own_count", "other_count"])
 def _mixture_kernel(
     own_vectors,
     other_vectors,

@@ -196,11 +196,12 @@ class Row {
  private:
   __device__ static int token_of(int i) { return 4 * (threadIdx.x + blockDim.x * (i / 4)) + i % 4; }
 
-  // Steps 1 and 2.
+  // Steps 1 and 2. Not __ldg: its cache is for memory that nobody writes while the grid is there, and the kernel before
+  // this one writes the logits after the grid has started.
   __device__ float score(int token) const {
-    float x = __ldg(cond_ + token);
+    float x = __ldcg(cond_ + token);
     if (uncond_ != nullptr) {
-      const float u = __ldg(uncond_ + token);
+      const float u = __ldcg(uncond_ + token);
       x = u + (x - u) * scale_;
     }
     return x / temperature_;

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from gear_engine.ops import backends, native
+from gear_engine.ops import backends, native, triton_backend
 
 __all__ = ["reference", "sign_bits"]
 
@@ -23,7 +23,7 @@ def sign_bits(z: torch.Tensor, groups: int = 1, *, backend: str = "auto") -> tup
     """The module's formula, checked, by the chosen backend. Not differentiable: no gradient is recorded.
 
     Args:
-        z: (N, D) of any strides; fp32 for the compiled backend.
+        z: (N, D) of any strides; fp32 for the compiled backends, fp32, bf16 or fp16 for Triton's.
         groups: indices per vector; divides D, D / groups <= 62.
         backend: as in :func:`gear_engine.ops.backends.resolve`.
 
@@ -72,6 +72,7 @@ def _cuda(z: torch.Tensor, groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]
 
 
 backends.register("sign_bits", "reference", lambda: reference)
+triton_backend.register("sign_bits")
 backends.register(
     "sign_bits",
     "cpu",

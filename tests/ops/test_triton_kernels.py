@@ -13,6 +13,7 @@ from gear_engine.ops import (
     philox,
     residual_moments,
     sample_tokens,
+    sign_bits,
     skinny_linear,
     soft_readout,
 )
@@ -115,11 +116,16 @@ def test_skinny_linear(rows: int, in_features: int, out_features: int, dtype: to
         assert relative_error(actual, skinny_linear.reference(x, weight, **options)) <= TOLERANCE[dtype], options
 
 
-def test_skinny_linear_gives_a_row_the_same_bits_in_any_batch() -> None:
-    x, weight = torch.randn(19, 200, device=DEVICE), torch.randn(40, 200, device=DEVICE)
-    together = skinny_linear.skinny_linear(x, weight, backend="triton")
-    for row in (0, 15, 16, 18):
-        assert torch.equal(skinny_linear.skinny_linear(x[row : row + 1], weight, backend="triton")[0], together[row])
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+def test_skinny_linear_gives_a_row_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
+    x, weight, norm = (torch.randn(*shape, device=DEVICE).to(dtype) for shape in ((33, 200), (40, 200), (200,)))
+    # In the interpreter a product is numpy's, whose sums follow a row's place among the 16 of a program.
+    moved = ((15, 1), (14, 17)) if DEVICE.type == "cuda" else ()
+    for options in ({}, {"norm_weight": norm, "gate": weight.flip(0)}):
+        together = skinny_linear.skinny_linear(x, weight, **options, backend="triton")
+        for first, rows in ((0, 1), (0, 17), (16, 16), (32, 1), *moved):
+            some = skinny_linear.skinny_linear(x[first : first + rows], weight, **options, backend="triton")
+            assert torch.equal(some, together[first : first + rows])
 
 
 @pytest.mark.parametrize("vocab_size", [17, 503, 1024])
@@ -274,3 +280,15 @@ def test_residual_moments(
         options = {"accumulate": mode == "accumulate", "backend": "triton"}
         residual_moments.residual_moments(source[-1:], None if start is None else start[-1:], last, **options)
         assert torch.equal(last, actual_moments[-1:]), "a row depends on the others"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "groups", "width"), [(140, 1, 15), (90, 5, 3), (1, 1, 62), (0, 3, 4)])
+def test_sign_bits(rows: int, groups: int, width: int, dtype: torch.dtype) -> None:
+    """Every third row of a transposed one, with zeros of both signs."""
+    z = torch.randint(-2, 3, (groups * width, 3 * rows), device=DEVICE).to(dtype).t()[::3]
+    z[:1, :2] = torch.tensor([-0.0, torch.nan])
+    found, expected = sign_bits.sign_bits(z, groups, backend="triton"), sign_bits.reference(z, groups)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert found[1].dtype == dtype
