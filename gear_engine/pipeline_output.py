@@ -85,8 +85,7 @@ class Decoding:
         """The next tokens (B, n), in order."""
         if self._device_decoder is not None:
             with out_of_memory_is_typed("lower decode_batch"):
-                parts = torch.split(tokens, self._device_decoder.batch)
-                self._pending += [self._device_decoder.submit(part) for part in parts]
+                self._pending.append(self._device_decoder.submit(tokens))
 
     def images(self, tokens: torch.Tensor) -> Images:
         """All images; ``tokens`` are all that were added."""

@@ -16,7 +16,7 @@ from gear_engine.errors import InvalidRequestError, OutOfMemoryError
 from gear_engine.request import SamplingParams
 from gear_engine.runs.batches import strided
 from gear_engine.runs.folder import RunFolder, check_output, experiment_name, sampling_tag, step_tag
-from gear_engine.runs.loop import DrawImages, sample_in_order, sample_independent
+from gear_engine.runs.loop import DrawImages, Drawn, sample_in_order, sample_independent
 from gear_engine.runs.record import Settings
 from gear_engine.runs.seeds import image_seed
 from gear_engine.runs.states import GeneratorStates
@@ -203,7 +203,7 @@ def _sample_one(plan: Plan, source: Source, folder: RunFolder, draw: _Draw, open
 
 
 class _Draw(DrawImages):
-    """Tokens by the engine, pixels by the tokenizer."""
+    """Tokens by the engine, pixels by the tokenizer: on a GPU while the next tokens are drawn."""
 
     def __init__(self, plan: Plan, models: Models, source: Source, params: SamplingParams, engine: Engine) -> None:
         import torch
@@ -218,25 +218,20 @@ class _Draw(DrawImages):
         #: The stream of torch's global generator after ``torch.manual_seed(seed)``, without touching that one.
         self.generator = torch.Generator(device=plan.device).manual_seed(seed)
 
-    def __call__(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+    def __call__(self, indices: Sequence[int]) -> Drawn:
         import torch
 
         from gear_engine.tokenizers import DeviceDecoder
 
-        decoder = self._models.decoder
+        decoder, size = self._models.decoder, int(self._plan.args.image_size_eval or self._models.image_size)
         with torch.no_grad():
             tokens = self._tokens(indices)
-            if isinstance(decoder, DeviceDecoder) and self._size == self._models.image_size:
-                pixels = decoder.decode(tokens)
-            else:
-                pixels = torch.cat([self._pixels(part) for part in torch.split(tokens, self._plan.decode_batch)])
+            if isinstance(decoder, DeviceDecoder):
+                pending = decoder.submit(tokens, size)
+                return lambda: pending.result().numpy()
+            pixels = torch.cat([self._pixels(part, size) for part in torch.split(tokens, self._plan.decode_batch)])
             images: NDArray[np.uint8] = pixels.numpy()
             return images
-
-    @property
-    def _size(self) -> int:
-        """Edge of the written images."""
-        return int(self._plan.args.image_size_eval or self._models.image_size)
 
     def _tokens(self, indices: Sequence[int]) -> torch.Tensor:
         args = self._plan.args
@@ -248,13 +243,13 @@ class _Draw(DrawImages):
         seeds = [image_seed(args.seed, index) for index in indices]
         return self._engine.generate(condition, self._params, rng="philox", seeds=seeds, progress=self.on_token)
 
-    def _pixels(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _pixels(self, tokens: torch.Tensor, size: int) -> torch.Tensor:
         from gear_engine.tokenizers import resize, to_uint8
 
-        models, size = self._models, self._models.image_size
-        shape = models.tokenizer.latent_shape(len(tokens), size, size)
+        models, edge = self._models, self._models.image_size
+        shape = models.tokenizer.latent_shape(len(tokens), edge, edge)
         images = (models.decoder or models.tokenizer).decode_code(tokens, shape)
-        return to_uint8(resize(images.float(), self._size)).cpu()
+        return to_uint8(resize(images.float(), size)).cpu()
 
 
 def _set_arithmetic(plan: Plan) -> None:

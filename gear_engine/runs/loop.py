@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Protocol
@@ -15,20 +17,26 @@ from gear_engine.runs.batches import chunks
 from gear_engine.runs.folder import RunFolder
 from gear_engine.runs.states import GeneratorStates
 
-__all__ = ["DrawImages", "ImageWriter", "sample_in_order", "sample_independent"]
+__all__ = ["DrawImages", "Drawn", "ImageWriter", "sample_in_order", "sample_independent"]
+
+Images = NDArray[np.uint8]
+#: Images [B, H, W, 3]; or, where a device is still decoding them, what waits for them.
+Drawn = Images | Callable[[], Images]
 
 
 class DrawImages(Protocol):
-    """Draws the images of the given numbers: [len(indices), H, W, 3] uint8."""
+    """Draws the images of the given numbers."""
 
-    def __call__(self, indices: Sequence[int]) -> NDArray[np.uint8]: ...
+    def __call__(self, indices: Sequence[int]) -> Drawn: ...
 
 
 class ImageWriter:
     """Encodes and writes images beside the drawing of the next batch.
 
-    At most one batch waits in memory. An error of a worker thread surfaces at the next :meth:`submit` or at the end.
-    Leaving the block, by an error or a signal too, lets the images that were drawn reach the folder.
+    At most one batch waits in memory for its files. One that is still being decoded is asked for when the next has been
+    drawn: a device then decodes batch n while it draws batch n + 1. An error of a worker thread surfaces at a later
+    :meth:`submit` or at the end. Leaving the block, by an error or a signal too, lets the images that were drawn reach
+    the folder; what cannot reach it then is missing there, and a resumed run draws it again.
 
     Args:
         progress: called in the caller's thread with the number of images that have been written since.
@@ -38,14 +46,26 @@ class ImageWriter:
         self._folder = folder
         self._progress = progress
         self._pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="png")
+        self._drawn: deque[tuple[Sequence[int], Drawn, Collection[int]]] = deque()
         self._pending: list[Future[None]] = []
 
-    def submit(self, indices: Sequence[int], images: Sequence[NDArray[np.uint8]]) -> None:
-        self.wait()
-        self._pending = [self._pool.submit(self._folder.save, i, x) for i, x in zip(indices, images, strict=True)]
+    def submit(self, indices: Sequence[int], images: Drawn, wanted: Collection[int]) -> None:
+        """Takes the images of the numbers ``indices``, of which those that are ``wanted`` are written."""
+        self._drawn.append((indices, images, wanted))
+        self._write_drawn(decoding=1 if callable(images) else 0)
+
+    def _write_drawn(self, decoding: int) -> None:
+        """Hands batches to the threads, in order, until ``decoding`` of them are left."""
+        while len(self._drawn) > decoding:
+            indices, drawn, wanted = self._drawn[0]
+            images = drawn() if callable(drawn) else drawn
+            self.wait()
+            kept = [(i, image) for i, image in zip(indices, images, strict=True) if i in wanted]
+            self._pending = [self._pool.submit(self._folder.save, i, image) for i, image in kept]
+            self._drawn.popleft()
 
     def wait(self) -> None:
-        """Returns when everything submitted is written."""
+        """Returns when everything that the threads have got is written."""
         pending, self._pending = self._pending, []
         for future in pending:
             future.result()
@@ -58,7 +78,12 @@ class ImageWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown(wait=True)
+        try:
+            # Beside an error, what this may raise follows from it or says less.
+            with contextlib.nullcontext() if kind is None else contextlib.suppress(Exception):
+                self._write_drawn(decoding=0)
+        finally:
+            self._pool.shutdown(wait=True)
         if kind is None:
             self.wait()
 
@@ -74,7 +99,7 @@ def sample_independent(
     progress(len(finished))
     with ImageWriter(folder, progress) as writer:
         for chunk in chunks((index for index in indices if index not in finished), batch):
-            writer.submit(chunk, list(draw(chunk)))
+            writer.submit(chunk, draw(chunk), chunk)
 
 
 def sample_in_order(
@@ -99,8 +124,7 @@ def sample_in_order(
             states.rewind(number)
             images = draw(batches[number])
             states.keep(number)
-            missing = [(i, x) for i, x in zip(batches[number], images, strict=True) if i in missing_images[number]]
-            writer.submit([i for i, _ in missing], [image for _, image in missing])
+            writer.submit(batches[number], images, missing_images[number])
 
 
 def _batches_to_draw(missing_images: Sequence[set[int]], states: GeneratorStates) -> list[int]:

@@ -19,7 +19,7 @@ import torch
 from gear_engine.cuda_graph import EagerLauncher, Executor, GraphLauncher, Launcher
 from gear_engine.errors import ConfigError, InvalidRequestError
 from gear_engine.tokenizers.device_network import DeviceNetwork, resolve_norms
-from gear_engine.tokenizers.images import to_uint8
+from gear_engine.tokenizers.images import resize, to_uint8
 from gear_engine.tokenizers.tokenizer import Tokenizer
 
 __all__ = ["DeviceDecoder", "Pending", "Side"]
@@ -126,8 +126,8 @@ class DeviceDecoder:
         self._side = side or (_OwnStream(self.device) if on_gpu else _HereAndNow())
         self.backends = resolve_norms(self.device, backend)
         self._network = DeviceNetwork(tokenizer.decoder, dtype, self.backends)
-        self._programs: dict[int, _Program] = {}
-        self._hosts: list[torch.Tensor] = []
+        self._programs: dict[tuple[int, int], _Program] = {}
+        self._hosts = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
         self._pending: list[Pending | None] = [None, None]
         self._turn = 0
 
@@ -136,41 +136,42 @@ class DeviceDecoder:
         self._network.refresh()
 
     @torch.no_grad()
-    def submit(self, tokens: torch.Tensor) -> Pending:
+    def submit(self, tokens: torch.Tensor, size: int | None = None) -> Pending:
         """Begins to decode square images.
 
         Args:
-            tokens: integers (B, n), B at most ``batch``, n a square; in range, as an engine draws them.
+            tokens: integers (B, n), n a square; in range, as an engine draws them. ``batch`` images are decoded at a
+                time, all of them behind what the caller has launched and beside what it launches next.
+            size: edge in pixels to which images are resized before they are clamped (bicubic); None: as they are.
 
         Returns:
-            What gives uint8 (B, H, W, 3). Two batches may be pending; a third waits for the first.
+            What gives uint8 (B, H, W, 3). Two calls may be pending; a third waits for the first.
 
         Raises:
-            InvalidRequestError: another shape.
+            InvalidRequestError: another shape or size.
         """
         if tokens.dim() != 2 or math.isqrt(tokens.shape[1]) ** 2 != tokens.shape[1] or not len(tokens):
             raise InvalidRequestError(f"tokens of square images are (B, n), n a square, not {tuple(tokens.shape)}")
-        if len(tokens) > self.batch:
-            raise InvalidRequestError(f"{len(tokens)} images do not fit a decoder of {self.batch} at a time")
-        program = self._program(math.isqrt(tokens.shape[1]))
-        host = self._host(program.pixels)
-        count = len(tokens)
+        if size is not None and size < 1:
+            raise InvalidRequestError(f"the size to resize to must be positive, got {size}")
+        program = self._program(math.isqrt(tokens.shape[1]), size)
+        host = self._host(program.pixels, len(tokens))
 
         def work() -> None:
-            program.codes.zero_()
-            program.codes[:count].copy_(tokens)
-            program.step.run()
-            host[:count].copy_(program.pixels[:count], non_blocking=True)
+            for part, pixels in zip(torch.split(tokens, self.batch), torch.split(host, self.batch), strict=True):
+                program.codes.zero_()
+                program.codes[: len(part)].copy_(part)
+                program.step.run()
+                pixels.copy_(program.pixels[: len(part)], non_blocking=True)
 
-        pending = Pending(self._side.run(work, tokens), host[:count])
+        pending = Pending(self._side.run(work, tokens), host)
         self._pending[self._turn] = pending
         self._turn = 1 - self._turn
         return pending
 
-    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, H, W, 3) on the host, for any number of images: batches overlap with their copies."""
-        pending = [self.submit(part) for part in torch.split(tokens, self.batch)]
-        return torch.cat([each.result() for each in pending])
+    def decode(self, tokens: torch.Tensor, size: int | None = None) -> torch.Tensor:
+        """uint8 (B, H, W, 3) on the host, as :meth:`submit`, waited for."""
+        return self.submit(tokens, size).result()
 
     @torch.no_grad()
     def decode_code(
@@ -182,26 +183,24 @@ class DeviceDecoder:
             with torch.cuda.device_of(quant):  # where Triton launches
                 return self._network(self.tokenizer.post_quant_conv(quant.float()))
 
-    def _host(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The host buffer whose turn it is, free again."""
-        if not self._hosts or self._hosts[0].shape != pixels.shape:
-            for pending in self._pending:
-                if pending is not None:
-                    pending.result()
-            pinned = self.device.type == "cuda"
-            self._hosts = [torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
-        earlier = self._pending[self._turn]
+    def _host(self, pixels: torch.Tensor, count: int) -> torch.Tensor:
+        """Room for ``count`` images in the host buffer whose turn it is, once that is free again."""
+        earlier, buffer = self._pending[self._turn], self._hosts[self._turn]
         if earlier is not None:
             earlier.result()
-        return self._hosts[self._turn]
+        if buffer.shape[1:] != pixels.shape[1:] or len(buffer) < count:
+            shape, pinned = (count, *pixels.shape[1:]), self.device.type == "cuda"
+            self._hosts[self._turn] = buffer = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+        return buffer[:count]
 
-    def _program(self, grid: int) -> _Program:
-        if grid not in self._programs:
-            config, device = self.tokenizer.config, self.device
-            edge = grid * config.downsample
-            config.latent_size(edge, edge)
+    def _program(self, grid: int, size: int | None) -> _Program:
+        edge = grid * self.tokenizer.config.downsample
+        key = (grid, edge if size is None else size)
+        if key not in self._programs:
+            self.tokenizer.config.latent_size(edge, edge)
+            device = self.device
             codes = torch.zeros(self.batch, grid * grid, dtype=torch.int64, device=device)
-            pixels = torch.zeros(self.batch, edge, edge, 3, dtype=torch.uint8, device=device)
+            pixels = torch.zeros(self.batch, key[1], key[1], 3, dtype=torch.uint8, device=device)
 
             def step() -> None:
                 with torch.autocast(device.type, enabled=False):
@@ -209,7 +208,7 @@ class DeviceDecoder:
                     # [B, h, w, d] seen as [B, d, h, w] is channels last already.
                     quant = rows.view(self.batch, grid, grid, -1).permute(0, 3, 1, 2)
                     latent = self.tokenizer.post_quant_conv(quant.float())
-                    pixels.copy_(to_uint8(self._network(latent)))
+                    pixels.copy_(to_uint8(resize(self._network(latent), key[1])))
 
-            self._programs[grid] = _Program(codes, pixels, self._launcher.prepare(step))
-        return self._programs[grid]
+            self._programs[key] = _Program(codes, pixels, self._launcher.prepare(step))
+        return self._programs[key]

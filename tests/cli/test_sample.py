@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from gear_engine.engine import Engine
 from gear_engine.runs.labels import random_labels, text_hash
 from gear_engine.tokenizers import DeviceDecoder, Tokenizer
 from tests.cli import tiny
-from tests.cli.sample_runs import FAST, files, pixels, sample
+from tests.cli.sample_runs import FAST, Interrupt, files, pixels, sample
 
 
 def test_the_official_layout(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +160,7 @@ def test_the_decoder_of_a_gpu(checkpoint: Path, tmp_path: Path, monkeypatch: pyt
     assert sample(checkpoint, tmp_path / "gpu", *resized, *norms) == 0
     (decoder,) = made
     assert (decoder.dtype, decoder.batch) == (torch.float32, 2)
-    assert len(decoder._programs) == (edge == tiny.IMAGE_SIZE), "resizing takes floats"
+    assert len(decoder._programs) == 1
     ours, expected = (pixels(tmp_path / name / "exp" / "step0000007" / "cfg1-temp1") for name in ("gpu", "cpu"))
     assert np.abs(ours.astype(int) - expected.astype(int)).max() <= 1
     (run,) = (tmp_path / "gpu").rglob("run.json")
@@ -167,6 +168,50 @@ def test_the_decoder_of_a_gpu(checkpoint: Path, tmp_path: Path, monkeypatch: pyt
     assert recorded["decoder"] == "device"
     assert recorded["group_norm_silu"] == "reference"
     assert recorded["residual_moments"] == decoder.backends["residual_moments"]
+
+
+@pytest.mark.parametrize("rng", ["philox", "torch"])
+def test_a_gpu_decodes_beside_the_next_rollout(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: str
+) -> None:
+    """Batch n goes to the decoder before batch n + 1 is drawn, and is waited for after; nothing else changes.
+
+    The decoder works when it is waited for, as late as it may: what it reads must still be there.
+    """
+    assert sample(checkpoint, tmp_path / "cpu", "--rng", rng) == 0
+    events: list[str] = []
+    generate = Engine.generate
+
+    class Side:
+        def run(self, work: Callable[[], None], tokens: torch.Tensor) -> Callable[[], None]:
+            events.append("decode")
+
+            def wait() -> None:
+                events.append("wait")
+                work()
+
+            return wait
+
+    def choose(tokenizer: Tokenizer, dtype: torch.dtype, batch: int, backend: Any) -> DeviceDecoder:
+        return DeviceDecoder(tokenizer, dtype=dtype, batch=batch, side=Side())
+
+    def draw(engine: Engine, *arguments: Any, **options: Any) -> torch.Tensor:
+        events.append("draw")
+        return generate(engine, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gear_engine.tokenizers.choose_decoder", choose)
+        patch.setattr(Engine, "generate", draw)
+        assert sample(checkpoint, tmp_path / "gpu", "--rng", rng) == 0
+        assert events == ["draw", "decode", "draw", "decode", "wait", "draw", "decode", "wait", "wait"]
+        Interrupt(patch, call=2)
+        assert sample(checkpoint, tmp_path / "broken", "--rng", rng) == 130
+    ours, expected, broken = (
+        tmp_path / name / "exp" / "step0000007" / "cfg1-temp1" for name in ("gpu", "cpu", "broken")
+    )
+    assert np.abs(pixels(ours).astype(int) - pixels(expected).astype(int)).max() <= 1
+    assert files(broken / "samples").items() < files(ours / "samples").items()
+    assert len(files(broken / "samples")) == 4, "what was being decoded reaches the folder"
 
 
 def test_an_fp8_cache(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

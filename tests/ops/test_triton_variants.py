@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from gear_engine.ops import sample_tokens, sign_bits, skinny_linear, soft_readout, triton_backend
+from gear_engine.ops import (
+    group_norm_silu,
+    residual_moments,
+    sample_tokens,
+    sign_bits,
+    skinny_linear,
+    soft_readout,
+    triton_backend,
+)
 from gear_engine.ops.sample_tokens import SamplingTable
 from gear_engine.request import SamplingParams
 
@@ -49,6 +57,13 @@ def _readout(rows: int) -> None:
     soft_readout.soft_readout(*operands, 1.0, "l2", backend="triton")
 
 
+def _norm(images: int) -> None:
+    rows = torch.randn(images, 3, 5, 32, device=DEVICE)
+    moments = torch.empty(images, 3, 8, 2, dtype=torch.float64, device=DEVICE)
+    residual_moments.residual_moments(rows.flatten(0, 1), None, moments.flatten(0, 1), backend="triton")
+    group_norm_silu.group_norm_silu(rows, moments, None, None, rows, backend="triton")
+
+
 def _variants(monkeypatch: pytest.MonkeyPatch, call: Callable[[], None]) -> set[str]:
     """The kernels that ``call`` launches, each with what Triton knows of its arguments when it compiles it."""
     from triton.backends.compiler import GPUTarget
@@ -70,7 +85,7 @@ def _variants(monkeypatch: pytest.MonkeyPatch, call: Callable[[], None]) -> set[
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="asks the interpreter what was launched; tests/gpu counts binaries")
-@pytest.mark.parametrize("launch", [_linear, _sample, _nearest, _signs, _readout])
+@pytest.mark.parametrize("launch", [_linear, _sample, _nearest, _signs, _readout, _norm])
 def test_the_number_of_rows_makes_no_variant(monkeypatch: pytest.MonkeyPatch, launch: Callable[[int], None]) -> None:
     few = _variants(monkeypatch, lambda: launch(2))
     assert few

@@ -15,7 +15,7 @@ from gear_engine.errors import InvalidRequestError, ResumeMismatchError
 from gear_engine.request import SamplingParams
 from gear_engine.runs.batches import official_batches, strided
 from gear_engine.runs.folder import RunFolder, experiment_name, sampling_tag, step_tag
-from gear_engine.runs.loop import sample_in_order, sample_independent
+from gear_engine.runs.loop import Drawn, sample_in_order, sample_independent
 from gear_engine.runs.states import GeneratorStates
 
 SIZE = 8
@@ -166,6 +166,82 @@ def test_images_drawn_before_a_failure_are_kept(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         sample_independent(folder, range(6), 2, draw, ignore)
     assert folder.finished(range(6)) == {0, 1, 2, 3}
+
+
+class IndependentModel(SequentialModel):
+    def __call__(self, indices: Sequence[int]) -> np.ndarray:
+        super().__call__(indices)
+        return independent(indices)
+
+
+MODELS = {"independent": IndependentModel, "in order": SequentialModel}
+
+
+class Decoding:
+    """Draws as ``draw`` does, on a device that decodes later; ``fail`` happens the first time it is waited for."""
+
+    def __init__(self, draw: Callable[[Sequence[int]], np.ndarray], fail: dict[int, BaseException]) -> None:
+        self.draw, self.fail = draw, fail
+        self.events: list[str] = []
+
+    def __call__(self, indices: Sequence[int]) -> Drawn:
+        self.events.append(f"draw {indices[0]}")
+        images = self.draw(indices)
+
+        def wait() -> np.ndarray:
+            self.events.append(f"wait {indices[0]}")
+            if indices[0] in self.fail:
+                raise self.fail.pop(indices[0])
+            return images
+
+        return wait
+
+
+def run(path: Path, kind: str, draw: Callable[[Sequence[int]], Drawn], model: SequentialModel) -> RunFolder:
+    """Five images in batches of two."""
+    folder = open_folder(path, 5)
+    if kind == "independent":
+        sample_independent(folder, range(5), 2, draw, ignore)
+    else:
+        states = GeneratorStates(folder.states, 0, model.generator)
+        sample_in_order(folder, official_batches(5, 2, 1, 0), draw, states, ignore)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["independent", "in order"])
+def test_a_batch_is_waited_for_when_the_next_has_been_drawn(tmp_path: Path, kind: str) -> None:
+    model, plain = MODELS[kind](), MODELS[kind]()
+    late = Decoding(model, {})
+    found = contents(run(tmp_path / "late", kind, late, model))
+    assert late.events == ["draw 0", "draw 2", "wait 0", "draw 4", "wait 2", "wait 4"]
+    assert found == contents(run(tmp_path / "plain", kind, plain, plain))
+
+
+@pytest.mark.parametrize("kind", ["independent", "in order"])
+@pytest.mark.parametrize(
+    ("stop_before", "fail", "kept"),
+    [
+        (0, {}, 0),
+        (1, {}, 2),  # what was under way reaches the folder
+        (2, {}, 4),
+        (9, {0: KeyboardInterrupt()}, 4),
+        (9, {4: KeyboardInterrupt()}, 4),
+        (9, {2: RuntimeError("the device is lost")}, 5),
+        (1, {0: RuntimeError("the device is lost")}, 0),  # Stop is what the caller sees
+    ],
+)
+def test_a_run_broken_off_while_a_device_decodes_resumes_exactly(
+    tmp_path: Path, kind: str, stop_before: int, fail: dict[int, BaseException], kept: int
+) -> None:
+    """In every moment: images are whole or missing, and missing ones are drawn again."""
+    plain, model, again = MODELS[kind](), MODELS[kind](stop_before), MODELS[kind]()
+    whole = contents(run(tmp_path / "whole", kind, plain, plain))
+    with pytest.raises((Stop, KeyboardInterrupt, RuntimeError)) as error:
+        run(tmp_path / "broken", kind, Decoding(model, dict(fail)), model)
+    assert isinstance(error.value, Stop) == (stop_before < 9)
+    folder = RunFolder(tmp_path / "broken", 5, SIZE)
+    assert folder.finished(range(5)) == set(range(kept))
+    assert contents(run(tmp_path / "broken", kind, Decoding(again, {}), again)) == whole
 
 
 def failing_writer(monkeypatch: pytest.MonkeyPatch) -> None:

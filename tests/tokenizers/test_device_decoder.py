@@ -14,7 +14,7 @@ import torch
 from gear_engine.errors import BackendUnavailableError, ConfigError, InvalidRequestError
 from gear_engine.metrics import psnr
 from gear_engine.ops import backends
-from gear_engine.tokenizers import Tokenizer, build_tokenizer, choose_decoder, decoder_name, to_uint8
+from gear_engine.tokenizers import Tokenizer, build_tokenizer, choose_decoder, decoder_name, resize, to_uint8
 from gear_engine.tokenizers.device_decoder import DeviceDecoder
 from gear_engine.tokenizers.device_network import NORM_OPS, resolve_norms
 from tests.golden_weights import golden_state_dict, relative_error
@@ -149,6 +149,23 @@ def test_batches_may_be_late(vq: Tokenizer) -> None:
     assert torch.equal(kept, expected[0])
 
 
+def test_a_call_takes_any_number_of_images_and_resizes_them(vq: Tokenizer) -> None:
+    """Two calls may be late whatever their sizes; resizing comes before clamping, as officially."""
+    side = _Late()
+    decoder, tokens = DeviceDecoder(vq, batch=2, side=side), _tokens(vq, 5)
+    five, one, small = decoder.submit(tokens), decoder.submit(tokens[:1]), None
+    assert len(side.queue) == 2
+    small = decoder.submit(tokens[:3], 13)
+    assert len(side.queue) == 2, "a third call waits for the first"
+    expected = _expected(vq, tokens)
+    assert (five.result().int() - expected.int()).abs().max() <= 1
+    assert torch.equal(one.result(), five.result()[:1])
+    quant = vq.lookup(tokens[:3], (3, vq.config.codebook_embed_dim, 2, 2))
+    with torch.no_grad():
+        resized = to_uint8(resize(vq.decode(quant), 13))
+    assert (small.result().int() - resized.int()).abs().max() <= 1
+
+
 def test_sizes_have_programs_of_their_own(vq: Tokenizer) -> None:
     decoder = DeviceDecoder(vq, batch=1)
     for grid in (2, 3, 2):
@@ -207,8 +224,9 @@ def test_refusals(vq: Tokenizer) -> None:
     for bad in (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(0, 4, dtype=torch.int64), torch.zeros(4)):
         with pytest.raises(InvalidRequestError, match="square"):
             decoder.submit(bad)
-    with pytest.raises(InvalidRequestError, match="2 at a time"):
-        decoder.submit(_tokens(vq, 3))
+    with pytest.raises(InvalidRequestError, match="positive"):
+        decoder.submit(_tokens(vq, 1), 0)
+    assert not decoder._programs
     for options in ({"dtype": torch.float16}, {"batch": 0}):
         with pytest.raises(ConfigError):
             DeviceDecoder(vq, **options)  # type: ignore[arg-type]
