@@ -33,9 +33,9 @@ from gear_engine import Engine, SamplingParams
 from gear_engine.bench import peak_memory, timing
 from gear_engine.bench.inputs import generator_config, generator_weights, official_generator
 from gear_engine.bench.registry import Context, Skip
+from gear_engine.models.condition import class_rows
 from gear_engine.models.weights import GeneratorWeights
 from gear_engine.ops import native
-from gear_engine.prefixes import label_rows
 from gear_engine.runner import decode_step, prefill
 
 CFG_SCALE = 4.0
@@ -168,7 +168,8 @@ def guided_logits(engine: Engine, labels: list[int], drawn: torch.Tensor, cfg_sc
     """fp32 (T, B, V): guided logits along the given tokens (B, T)."""
     images = len(labels)
     slots = torch.arange(2 * images)
-    logits = prefill(engine.weights, engine.ops, engine.cache, slots, label_rows(labels, images, engine.weights))
+    starts = class_rows(torch.tensor([*labels, *[engine.config.num_classes] * images]))
+    logits = prefill(engine.weights, engine.ops, engine.cache, slots, starts)
     steps = []
     for position in range(drawn.shape[1]):
         cond, uncond = logits.chunk(2)

@@ -111,17 +111,34 @@ class StaticKVCache:
         if self.scales is not None:
             self.scales.zero_()
 
-    def write_prefix(self, slots: torch.Tensor, values: torch.Tensor, bias: torch.Tensor) -> None:
-        """Starts sequences in ``slots`` (R,): ``values`` (n_layer, R, n_kv_head, head_dim), ``bias`` fp32 (R,)."""
+    def write_prefix(
+        self, slots: torch.Tensor, values: torch.Tensor, bias: torch.Tensor, live: torch.Tensor | None = None
+    ) -> None:
+        """Starts sequences in ``slots`` (R,): ``values`` (n_layer, R, n_kv_head, head_dim), ``bias`` fp32 (R,).
+
+        ``live``: bool (R,), the leading rows; the others have slot -1 and start nothing. None means all. Nothing is
+        read on the host.
+        """
+        if live is not None:
+            # A row that is not live writes what the first row does, or if that is not either, what is there already.
+            source = torch.arange(live.shape[0], device=live.device) * live
+            slots, values, bias, live = slots[source], values[:, source], bias[source], live[source]
         # Keys of entry 0 stay zero: nobody writes there.
         if self.scales is None:
-            self.kv[:, 1, :, :, 0][:, slots] = values.to(self.dtype)
+            _put(self.kv[:, 1, :, :, 0], slots, values.to(self.dtype), live)
         else:
             stored, scales = quantize_entries(values)
             # Bytes are copied as bytes: not every device can index 8-bit floats.
-            self.kv.view(torch.uint8)[:, 1, :, :, 0][:, slots] = stored.view(torch.uint8)
-            self.scales[:, 1, :, :, 0][:, slots] = scales
-        self.prefix_bias[slots] = bias
+            _put(self.kv.view(torch.uint8)[:, 1, :, :, 0], slots, stored.view(torch.uint8), live)
+            _put(self.scales[:, 1, :, :, 0], slots, scales, live)
+        _put(self.prefix_bias[None], slots, bias[None], live)
+
+
+def _put(cache: torch.Tensor, slots: torch.Tensor, values: torch.Tensor, live: torch.Tensor | None) -> None:
+    """``cache`` (L, num_slots, ...) at ``slots`` (R,) = ``values`` (L, R, ...); where not ``live``, what is there."""
+    if live is not None:
+        values = torch.where(live.view(-1, *[1] * (values.dim() - 2)), values, cache[:, slots])
+    cache[:, slots] = values
 
 
 def _stored_head_dim(config: GeneratorConfig, dtype: torch.dtype) -> int:

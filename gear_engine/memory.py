@@ -176,7 +176,11 @@ def engine_plan(
     }
     if graphs:
         # Buckets share the pool, so the largest one decides; every graph has its kernels: five a layer and the rest.
-        nodes = len(buckets(num_slots)) * (5 * config.n_layer + 24)
+        # Images of classes start by graphs of their own.
+        nodes = 5 * config.n_layer + 24
+        if config.conditioning == "class":
+            nodes += 7 * config.n_layer + 48
+        nodes *= len(buckets(num_slots))
         plan["captured graphs"] = plan["logits"] + plan["activations"] + nodes * _GRAPH_NODE_BYTES
     return plan
 

@@ -12,13 +12,14 @@ import torch
 
 from gear_engine.config import GeneratorConfig
 from gear_engine.errors import InvalidRequestError
-from gear_engine.models.condition import Condition, PrefixRows, TextCondition, check_labels, class_rows, text_rows
+from gear_engine.models.condition import Condition, TextCondition, check_labels, text_rows
 from gear_engine.models.weights import GeneratorWeights
 from gear_engine.ops import GeneratorOps
 from gear_engine.request import ImageRequest, SamplingParams
 from gear_engine.runner import PrefixState, encode_prefix
+from gear_engine.scheduler import ScheduledBatch
 
-__all__ = ["Caption", "PrefixEncoder", "caption_condition", "check_conditions", "label_rows"]
+__all__ = ["Caption", "PrefixEncoder", "caption_condition", "check_conditions", "prefix_labels"]
 
 #: Prompt rows that go through the model at once: bounds the activations of a large batch of long captions.
 MAX_ROWS = 2048
@@ -92,9 +93,9 @@ def _place(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], torch.dtype]:
     return tensor.data_ptr(), tensor.stride(), tensor.dtype
 
 
-def label_rows(labels: Sequence[int], guided: int, weights: GeneratorWeights) -> PrefixRows:
-    """A label per image, then the unconditional class ``guided`` times."""
-    return class_rows(torch.tensor([*labels, *[weights.config.num_classes] * guided], device=weights.device))
+def prefix_labels(batch: ScheduledBatch, num_classes: int) -> list[int]:
+    """Of a batch's rows: a label per image, then the unconditional class for the guided ones."""
+    return [*(image.condition for image in batch.images), *[num_classes] * (len(batch.slots) - len(batch.images))]
 
 
 class PrefixEncoder:

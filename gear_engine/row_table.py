@@ -9,6 +9,7 @@ A structure of arrays in one buffer, so that an update is one copy; entry r of e
     bases         int64    image-token index of the token fed = base + step counter
     partners      int64    row with the unconditional half, -1 without guidance
     seeds         int64    key of the image's random stream
+    labels        int64    class whose prefix starts the row, where a row starts
     top_k         int64    in [1, V]
     cfg_scale     fp32
     temperature   fp32     at least 1e-5
@@ -41,6 +42,7 @@ ARRAYS: Final = (
     ("bases", torch.int64),
     ("partners", torch.int64),
     ("seeds", torch.int64),
+    ("labels", torch.int64),
     ("top_k", torch.int64),
     ("cfg_scale", torch.float32),
     ("temperature", torch.float32),
@@ -64,6 +66,7 @@ class RowTable:
     bases: torch.Tensor
     partners: torch.Tensor
     seeds: torch.Tensor
+    labels: torch.Tensor
     top_k: torch.Tensor
     cfg_scale: torch.Tensor
     temperature: torch.Tensor
@@ -87,12 +90,13 @@ class RowTable:
         """Bytes of the buffer."""
         return sum(-(-capacity * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for _, dtype in ARRAYS)
 
-    def fill(self, rows: Sequence[TableRow], launched: int, vocab_size: int) -> None:
+    def fill(self, rows: Sequence[TableRow], launched: int, vocab_size: int, labels: Sequence[int] = ()) -> None:
         """Writes ``rows``, and makes the rest inert; for a table on the host, or one that no step has read yet.
 
         Args:
             launched: what the step counter holds when the first step on these rows begins.
             vocab_size: V, what top-k 0 means.
+            labels: of rows that start, one each.
         """
         params = [row.params for row in rows]
         idle = self.capacity - len(rows)
@@ -103,6 +107,7 @@ class RowTable:
             "bases": [row.position - launched for row in rows] + [0] * idle,
             "partners": [row.partner for row in rows] + [-1] * idle,
             "seeds": [row.seed for row in rows] + [0] * idle,
+            "labels": [*labels, *[0] * (self.capacity - len(labels))],
             "top_k": [min(p.top_k, vocab_size) or vocab_size for p in params] + [vocab_size] * idle,
             "cfg_scale": [p.cfg_scale for p in params] + [1.0] * idle,
             "temperature": [max(p.temperature, 1e-5) for p in params] + [1.0] * idle,

@@ -141,19 +141,25 @@ def encode_prefix(weights: GeneratorWeights, ops: GeneratorOps, rows: PrefixRows
 
 
 def prefill(
-    weights: GeneratorWeights, ops: GeneratorOps, cache: StaticKVCache, slots: torch.Tensor, rows: PrefixRows
+    weights: GeneratorWeights,
+    ops: GeneratorOps,
+    cache: StaticKVCache,
+    slots: torch.Tensor,
+    rows: PrefixRows,
+    live: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Starts a sequence per prefix.
 
     Args:
         slots: int64 (R,): where the sequences live from now on.
         rows: R prefixes, from :func:`~gear_engine.models.condition.class_rows` or ``text_rows``.
+        live: bool (R,), the leading rows; the others start nothing, see :meth:`StaticKVCache.write_prefix`.
 
     Returns:
         fp32 (R, vocab_size): logits of image token 0.
     """
     state = encode_prefix(weights, ops, rows)
-    cache.write_prefix(slots, state.values, state.bias)
+    cache.write_prefix(slots, state.values, state.bias, live)
     return state.logits
 
 

@@ -10,9 +10,10 @@ import torch
 from gear_engine.config import GeneratorConfig
 from gear_engine.cuda_graph import CaptureCost
 from gear_engine.kv_cache import StaticKVCache
+from gear_engine.models.condition import class_rows
 from gear_engine.models.weights import GeneratorWeights
 from gear_engine.ops import GeneratorOps
-from gear_engine.prefixes import PrefixEncoder, label_rows
+from gear_engine.prefixes import PrefixEncoder, prefix_labels
 from gear_engine.rows import RowTensors
 from gear_engine.runner import decode_step, prefill
 from gear_engine.sampler import FiniteWatch, Noise, PhiloxNoise
@@ -127,10 +128,11 @@ class Steps:
 
     def _prefix_logits(self, weights: GeneratorWeights, batch: ScheduledBatch, rows: RowTensors) -> torch.Tensor:
         """Logits (R, V) of image token 0."""
+        if self.config.conditioning == "class":
+            labels = torch.tensor(prefix_labels(batch, self.config.num_classes), device=self.device)
+            return prefill(weights, self.ops, self.cache, rows.slots, class_rows(labels))
         guided = [image.uncond_slot is not None for image in batch.images]
         conditions = [image.condition for image in batch.images]
-        if self.config.conditioning == "class":
-            return prefill(weights, self.ops, self.cache, rows.slots, label_rows(conditions, sum(guided), weights))
         state = self.prefixes.captions(weights, self.ops, conditions, guided)
         self.cache.write_prefix(rows.slots, state.values, state.bias)
         return state.logits

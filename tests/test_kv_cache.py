@@ -37,6 +37,25 @@ def test_prefixes_go_to_their_slots() -> None:
     assert (cache.kv == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+@pytest.mark.parametrize("slots", [[3, 1, -1, -1], [-1, -1], [2, 3, 0, 1], [3, -1]])
+def test_rows_that_are_not_live_start_nothing(slots: list[int], dtype: torch.dtype) -> None:
+    """Also where the last slot, which -1 would mean to torch, is in use."""
+    caches = [StaticKVCache(CLASS, 4, 16, dtype) for _ in range(2)]
+    before = torch.randn(2, 4, 4, 12), torch.randn(4)
+    for cache in caches:
+        cache.write_prefix(torch.arange(4), *before)
+    values, bias, live = torch.randn(2, len(slots), 4, 12), torch.randn(len(slots)), torch.tensor(slots) >= 0
+    caches[0].write_prefix(torch.tensor(slots), values, bias, live)
+    caches[1].write_prefix(torch.tensor(slots)[live], values[:, live], bias[live])
+    assert torch.equal(caches[0].prefix_bias, caches[1].prefix_bias)
+    assert torch.equal(caches[0].kv.float(), caches[1].kv.float())
+    if dtype != torch.float32:
+        assert caches[0].scales is not None
+        assert caches[1].scales is not None
+        assert torch.equal(caches[0].scales, caches[1].scales)
+
+
 def test_prompt_length_costs_nothing() -> None:
     text = CLASS.replace(conditioning="text", caption_dim=8, cls_token_num=300)
     assert StaticKVCache.shape(text, 2, 16) == StaticKVCache.shape(CLASS, 2, 16)

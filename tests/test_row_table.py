@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from gear_engine.request import SamplingParams
@@ -35,8 +37,17 @@ class TestRowTable:
         assert table.bases.tolist() == [-91, -91, 0, 0]
         assert table.partners.tolist() == [1, -1, -1, -1]
         assert table.seeds.tolist() == [2**62 + 1] * 2 + [0, 0]
+        assert table.labels.tolist() == [0] * 4
         assert table.top_k.tolist() == [61] * 4
         assert table.top_p.tolist() == [0.5, 0.5, 1, 1]
+
+    def test_rows_that_start(self) -> None:
+        """Their token 0 has index -1 before it; the unconditional half has a label of its own."""
+        table = RowTable(4, CPU)
+        rows = [replace(self.row, position=-1), replace(self.other, position=-1)]
+        table.fill(rows, launched=7, vocab_size=61, labels=[3, 9])
+        assert table.labels.tolist() == [3, 9, 0, 0]
+        assert table.bases.tolist() == [-8, -8, 0, 0]
 
     def test_a_copy_of_the_buffer_is_the_table(self) -> None:
         host, device = RowTable(3, CPU), RowTable(3, CPU)

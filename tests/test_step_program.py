@@ -145,8 +145,8 @@ class TestCapture:
         engine, launcher = _captured_engine(max_images=3)
         expected = Engine(small_model(), max_images=3).generate([1, 2, 3], SETTINGS[2])
         assert torch.equal(engine.generate([1, 2, 3], SETTINGS[2]), expected)
-        assert launcher.prepared == 2, "six rows, and four after guidance has ended"
-        assert _programs(engine).cost == CaptureCost(1.0, 2000)
+        assert launcher.prepared == 3, "the start; six rows, and four after guidance has ended"
+        assert _programs(engine).cost == CaptureCost(1.5, 3000)
 
     def test_the_reference_reads_and_is_found_out(self) -> None:
         engine, _ = _captured_engine(max_images=1, backend="reference")
@@ -173,11 +173,14 @@ class TestCapture:
         engine, launcher = _captured_engine(max_images=3)
         engine.warm_up()
         engine.warm_up(rng="torch")
-        assert launcher.prepared == _programs(engine).num_programs == 2 * len((1, 2, 4, 6))
+        assert launcher.prepared == _programs(engine).num_programs == 2 * 2 * len((1, 2, 4, 6))
         for rng in ("philox", "torch"):
             engine.generate([1, 2], SETTINGS[2], rng=rng)  # type: ignore[arg-type]
-        assert launcher.prepared == 8
-        assert engine.capture_cost == CaptureCost(4.0, 8000)
+        assert launcher.prepared == 16
+        assert engine.capture_cost == CaptureCost(8.0, 16000)
+        captioned = Engine(small_model(TEXT), max_images=3, execution="eager")
+        captioned.warm_up()
+        assert _programs(captioned).num_programs == len((1, 2, 4, 6)), "captions start op by op"
         direct = Engine(small_model())
         direct.warm_up()
         assert direct.capture_cost == CaptureCost()
@@ -186,7 +189,7 @@ class TestCapture:
         engine, launcher = _captured_engine(max_images=1)
         model, other = fresh_model(), fresh_model()
         other.output.weight.data.mul_(-1)
-        for weights, prepared in ((model, 1), (model, 1), (other, 2), (model, 3)):
+        for weights, prepared in ((model, 2), (model, 2), (other, 4), (model, 6)):
             engine.bind(None)
             engine.bind(weights)
             tokens = engine.generate([1], seeds=[4])
@@ -195,7 +198,7 @@ class TestCapture:
         for parameter in model.parameters():
             parameter.data.copy_(parameter.data.flip(0))
         assert torch.equal(engine.generate([1], seeds=[4]), Engine(model).generate([1], seeds=[4]))
-        assert launcher.prepared == 3, "weights are read in place"
+        assert launcher.prepared == 6, "weights are read in place"
 
 
 def test_a_hundred_rollouts_take_no_more_memory_and_no_new_program() -> None:
