@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -87,7 +86,7 @@ class Engine:
         self.device = weights.device
         if self.dtype not in _DTYPES:
             raise ConfigError(f"an engine computes in float32, bfloat16 or float16, not in {self.dtype}")
-        stored = resolve_cache_dtype(cache_dtype, self.dtype)
+        stored = self._cache_dtype = resolve_cache_dtype(cache_dtype, self.dtype)
         self.max_new_tokens = config.block_size if max_new_tokens is None else max_new_tokens
         if not (isinstance(self.max_new_tokens, int) and 1 <= self.max_new_tokens <= config.block_size):
             raise ConfigError(f"max_new_tokens {max_new_tokens} must lie in [1, block_size = {config.block_size}]")
@@ -98,7 +97,8 @@ class Engine:
             weight_format = "bf16"
         self.weight_format = weight_format
         self.execution = resolve_execution(execution, self.ops, self.device)
-        self._check_fits(weights, stored, memory_budget)
+        self._memory_budget = memory_budget
+        self._check_fits(weights)
         self._weights: GeneratorWeights | None = None
         with on_device(self.device), memory.out_of_memory_is_typed(_LOWER):
             self.cache = StaticKVCache(config, 2 * max_images, self.max_new_tokens, stored, self.device)
@@ -107,27 +107,25 @@ class Engine:
         self.bind(weights)
         self.reset()
 
-    def _check_fits(self, weights: GeneratorWeights, cache_dtype: torch.dtype, budget: int | None) -> None:
+    def _check_fits(self, weights: GeneratorWeights) -> None:
         """Raises OutOfMemoryError, with the number of images that would fit, before anything is allocated."""
-        common: dict[str, Any] = {
-            "dtype": self.dtype,
-            "cache_dtype": cache_dtype,
-            "max_tokens": self.max_new_tokens,
-            "weight_bytes": weights.nbytes_as(self.dtype, self.weight_format),
-            "graphs": self.execution == "graph",
-        }
-        available = memory.available_bytes(self.device) if budget is None else budget
-
-        def hint() -> str:
-            fit = memory.images_that_fit(self.config, available or 0, **common)
-            return f"{fit} images at a time fit, max_images is {self.max_images}; or choose a smaller dtype"
-
-        memory.check_fits(memory.engine_plan(self.config, num_slots=2 * self.max_images, **common), available, hint)
+        budget = self._memory_budget
+        memory.check_engine_fits(
+            self.config,
+            memory.available_bytes(self.device) if budget is None else budget,
+            self.max_images,
+            dtype=self.dtype,
+            cache_dtype=self._cache_dtype,
+            max_tokens=self.max_new_tokens,
+            weight_bytes=weights.nbytes_as(self.dtype, self.weight_format),
+            graphs=self.execution == "graph",
+        )
 
     def bind(self, generator: Transformer | GeneratorWeights | None) -> None:
         """Reads other weights of the same architecture from now on; None lets go of the present ones.
 
-        Raises ConfigError if the architecture differs or images are in flight, OutOfMemoryError if a copy does not fit.
+        Raises ConfigError if the architecture differs or images are in flight, OutOfMemoryError if a copy does not fit
+        into the engine's budget or on the device.
         """
         if self.scheduler.num_unfinished:
             raise ConfigError(f"{self.scheduler.num_unfinished} images are in flight: finish or reset() first")
@@ -138,6 +136,8 @@ class Engine:
             weights = weights_of(generator)
             if weights.config != self.config:
                 raise ConfigError(f"the engine was built for {self.config}, not for {weights.config}")
+            if self._memory_budget is not None:
+                self._check_fits(weights)
             copied = weights.nbytes_as(self.dtype, self.weight_format)
             memory.check_fits({"weights": copied}, memory.available_bytes(self.device), "choose a smaller dtype")
             with memory.out_of_memory_is_typed("choose a smaller dtype"):

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,8 @@ from gear_engine.ops.decode_attention import FP8
 from gear_engine.segments import buckets
 
 __all__ = [
-    "available_bytes", "check_fits", "decoder_bytes", "engine_plan", "images_that_fit", "out_of_memory_is_typed",
+    "available_bytes", "check_engine_fits", "check_fits", "decoder_bytes", "engine_plan", "images_that_fit",
+    "out_of_memory_is_typed",
 ]  # fmt: skip
 
 #: Device memory per kernel of a captured graph: an estimate, until graphs have been captured on hardware.
@@ -183,6 +185,17 @@ def engine_plan(
         nodes *= len(buckets(num_slots))
         plan["captured graphs"] = plan["logits"] + plan["activations"] + nodes * _GRAPH_NODE_BYTES
     return plan
+
+
+def check_engine_fits(config: GeneratorConfig, available: int | None, max_images: int, **plan: Any) -> None:
+    """Raises :class:`OutOfMemoryError`, with the arithmetic and the number of images that would fit, unless an engine
+    does; ``plan``: arguments of :func:`engine_plan`."""
+
+    def hint() -> str:
+        fit = images_that_fit(config, available or 0, **plan)
+        return f"{fit} images at a time fit, max_images is {max_images}; or choose a smaller dtype"
+
+    check_fits(engine_plan(config, num_slots=2 * max_images, **plan), available, hint)
 
 
 def images_that_fit(

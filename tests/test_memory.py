@@ -14,7 +14,7 @@ from gear_engine import memory
 from gear_engine.config import GENERATOR_PRESETS, TOKENIZER_PRESETS
 from gear_engine.engine import Engine
 from gear_engine.errors import OutOfMemoryError
-from tests.models_for_tests import CLASS, small_model
+from tests.models_for_tests import CLASS, fresh_model, small_model
 
 CPU = torch.device("cpu")
 
@@ -168,3 +168,18 @@ def test_the_decoder_takes_what_is_planned() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert 0.5 < float(done.stdout) < 1.1
+
+
+def test_a_budget_holds_for_weights_that_are_bound_later() -> None:
+    """Weights of the engine's dtype are read in place; others are a copy, which the plan had no room for."""
+    budget = sum(memory.engine_plan(CLASS, num_slots=2, max_tokens=16, dtype=torch.float32, weight_bytes=0).values())
+    engine = Engine(small_model(), max_images=1, memory_budget=budget)
+    expected = engine.generate([3])
+    half = fresh_model().to(torch.bfloat16)
+    with pytest.raises(OutOfMemoryError, match="0 images at a time fit, max_images is 1"):
+        engine.bind(half)
+    engine.bind(small_model())
+    assert torch.equal(engine.generate([3]), expected)
+    roomy = Engine(small_model(), max_images=1, memory_budget=budget + half.weights().nbytes_as(torch.float32))
+    roomy.bind(half)
+    roomy.generate([3])
