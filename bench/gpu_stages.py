@@ -69,11 +69,13 @@ class Command:
 
     Attributes:
         shows: regular expressions; the command fails if one of them finds nothing in what it prints.
+        junit: where a test run writes its results as JUnit XML.
     """
 
     name: str
     words: tuple[str, ...]
     shows: tuple[str, ...] = ()
+    junit: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def plan(machine: Machine, out: Path, official: Path | None) -> list[Stage]:
 
     program = () if _PROGRAM.exists() else (f"{_PROGRAM.name}, the C++ test program: run the build stage",)
     sanitizer, profiler = machine.tool("compute-sanitizer") or "compute-sanitizer", machine.tool("ncu") or "ncu"
-    rollout = module("gear_engine.bench.gpu_rollout")
+    rollout, junit = module("gear_engine.bench.gpu_rollout"), out.absolute() / "ops-tests.xml"
     # From the range that the program marks. The clocks stay as they are: the profiler's default would lock them.
     profile = (profiler, "--profile-from-start", "off", "--clock-control", "none", "--set", "basic",
                "--section", "MemoryWorkloadAnalysis", "--csv", "--kernel-name-base", "demangled")  # fmt: skip
@@ -149,7 +151,7 @@ def plan(machine: Machine, out: Path, official: Path | None) -> list[Stage]:
         Stage(
             "ops",
             130,
-            (Command("pytest", module("pytest", *_tests(machine))),),
+            (Command("pytest", module("pytest", *_tests(machine), f"--junitxml={junit}"), junit=junit),),
             _modules(machine, ["pytest", "hypothesis", "safetensors"]),
         ),
         Stage(

@@ -73,9 +73,10 @@ def test_a_broken_driver_is_no_gpu(tmp_path: Path, machine: Machine) -> None:
 def test_the_native_architecture(tmp_path: Path, machine: Machine, line: str, architecture: str) -> None:
     _tool(tmp_path / "bin", "nvidia-smi", f'echo "{line}"')
     assert machine.gpu() == (line.split(",")[0], architecture)
-    env = gpu_test.environment(machine, tmp_path, architecture, tmp_path / "goldens")
+    env = gpu_test.environment(machine, tmp_path, architecture, tmp_path / "goldens", tmp_path / "checkout")
     assert (env["GEAR_CUDA"], env["GEAR_CUDA_ARCHS"]) == ("ON", architecture)
     assert env["GEAR_GOLDENS"] == str(tmp_path / "goldens")
+    assert env["GEAR_OFFICIAL"] == str(tmp_path / "checkout")
     assert env["CUDACXX"] == str(tmp_path / "bin" / "nvcc")
 
 
@@ -105,6 +106,41 @@ def test_a_profile_without_a_kernel_fails(tmp_path: Path, machine: Machine) -> N
     _tool(tmp_path / "bin", "ncu", "echo attend_kernel propose_kernel sample_kernel skinny::narrow::kernel")
     assert main(["--out", str(tmp_path / "out"), "ncu"], machine) == 1
     assert "skinny::wide::kernel" in _records(tmp_path / "out")["ncu"]["results"][0]["output"]
+
+
+_JUNIT = """<testsuites><testsuite tests="5">
+<testcase name="a"/><testcase name="b"/>
+<testcase name="c"><failure message="assert 1 == 2">...</failure></testcase>
+<testcase name="d"><skipped type="pytest.skip" message="GEAR_OFFICIAL names no checkout">...</skipped></testcase>
+<testcase name="e"><skipped type="pytest.skip" message="GEAR_OFFICIAL names no checkout">...</skipped></testcase>
+</testsuite></testsuites>"""
+
+
+def test_tests_are_counted_and_skips_told_with_their_reason(
+    tmp_path: Path, machine: Machine, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The official checkout reaches the tests; what was skipped all the same is no pass."""
+    out, checkout = tmp_path / "out", tmp_path / "checkout"
+    script = f"""test "$1" = -c && exit 0
+for word in "$@"; do case "$word" in --junitxml=*) echo '{_JUNIT}' > "${{word#*=}}";; esac; done
+echo "official is $GEAR_OFFICIAL" """
+    _tool(tmp_path / "bin", "python3", script)
+    monkeypatch.chdir(tmp_path)
+    assert main(["--out", "out", "--official", "checkout", "ops", "smoke"], machine) == 0
+    (result,) = _records(out)["ops"]["results"]
+    assert f"official is {checkout}" in result["output"], "from the folder where the tests run, too"
+    assert result["tests"] == {
+        "passed": 2,
+        "failed": 1,
+        "skipped": 2,
+        "skip_reasons": {"GEAR_OFFICIAL names no checkout": 2},
+    }
+    printed = capsys.readouterr().out
+    assert "pytest: 2 passed, 1 failed, 2 skipped\n    2 skipped: GEAR_OFFICIAL names no checkout" in printed
+    assert "tests" not in _records(out)["smoke"]["results"][0]
+    _tool(tmp_path / "bin", "python3", 'test "$1" = -c || echo killed')
+    main(["--out", "out", "ops"], machine)
+    assert _records(out)["ops"]["results"][0]["tests"] is None, "not those of the run before"
 
 
 def test_missing_tools_are_reported_and_not_fatal(tmp_path: Path, machine: Machine) -> None:
