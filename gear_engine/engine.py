@@ -124,8 +124,7 @@ class Engine:
     def bind(self, generator: Transformer | GeneratorWeights | None) -> None:
         """Reads other weights of the same architecture from now on; None lets go of the present ones.
 
-        Raises ConfigError if the architecture differs or images are in flight, OutOfMemoryError if a copy does not fit
-        into the engine's budget or on the device.
+        Raises ConfigError if the architecture differs or images are in flight, OutOfMemoryError if a copy is too large.
         """
         if self.scheduler.num_unfinished:
             raise ConfigError(f"{self.scheduler.num_unfinished} images are in flight: finish or reset() first")
@@ -233,7 +232,8 @@ class Engine:
         if self.num_unfinished:
             raise InvalidRequestError(f"{self.num_unfinished} requests are in flight: step() until they are done")
         noise = TorchNoise(generator) if rng == "torch" else None
-        out = torch.full((batch, total), -1, dtype=torch.int32, device=self.device)
+        with memory.out_of_memory_is_typed(_LOWER):
+            out = torch.full((batch, total), -1, dtype=torch.int32, device=self.device)
         try:
             images = [self.scheduler.add(*each, total) for each in zip(conditions, every, keys, strict=True)]
             row_of = {image.request_id: row for row, image in enumerate(images)}
