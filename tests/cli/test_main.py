@@ -107,6 +107,30 @@ def test_help_does_not_import_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_cpu_draws_without_triton(tmp_path: Path) -> None:
+    """Neither the package nor a run loads Triton, nor torch's compiler, which loads it."""
+    code = (
+        "import sys\n"
+        "import gear_engine\n"
+        "print(sorted({'torch', 'numpy', 'triton'} & set(sys.modules)))\n"
+        "from gear_engine.cli.main import main\n"
+        "from gear_engine.pretrained import SHAPES\n"
+        "words = ['sample', '--ckpt-path', str(SHAPES), '--output-dir', sys.argv[1], '--fid-num', '1']\n"
+        "assert main([*words, '--image-size-eval', '64', '--device', 'cpu', '--per-proc-batch-size', '1']) == 0\n"
+        "gear_engine.Pipeline.from_pretrained(SHAPES)(class_labels=[6], seeds=[1])\n"
+        "print(sorted({'torch', 'triton', 'torch._dynamo'} & set(sys.modules)))\n"
+    )
+    # The variable makes Triton's kernels run on a CPU, for the tests alone.
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert (lines[0], lines[-1]) == ("[]", "['torch']")
+    assert list(tmp_path.rglob("samples.npz"))
+
+
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
