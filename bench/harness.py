@@ -16,6 +16,7 @@ import torch
 from gear_engine.bench import timing
 from gear_engine.bench.registry import Case, Context, Skip, Work
 from gear_engine.bench.sampling import Limits, Series, take_samples
+from gear_engine.cuda_graph import CaptureCost
 from gear_engine.errors import BackendUnavailableError, OutOfMemoryError
 from gear_engine.report.conditions import ConditionSampler, flags_between
 from gear_engine.report.facts import commit, device_facts, versions
@@ -183,6 +184,9 @@ class _Recorder:
                 row["breakdown"] = work.breakdown[name]()
             if name in work.timeline:
                 row["timeline"] = work.timeline[name]()
+            cost = work.capture[name]() if name in work.capture else CaptureCost()
+            if cost.seconds > 0:
+                row["capture"] = {"seconds": cost.seconds, "bytes": cost.nbytes}
             self.rows.append(row)
 
     def _own_flags(self, row: dict[str, Any], work: Work) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from gear_engine.bench.counts import Counts
+from gear_engine.cuda_graph import CaptureCost
 from gear_engine.errors import InvalidRequestError
 from gear_engine.report.record import row_id
 
@@ -98,6 +99,7 @@ class Work:
         breakdown: implementation name -> function that runs one call and returns its parts, kernel by kernel, the last
             of them the gap between kernels.
         timeline: implementation name -> function that runs one call and returns its phases.
+        capture: implementation name -> function that says what capturing graphs has taken by then.
         skipped: implementations that were asked for and cannot run: name -> reason.
     """
 
@@ -110,6 +112,7 @@ class Work:
     check: Check | None = None
     breakdown: Mapping[str, Callable[[], list[dict[str, Any]]]] = field(default_factory=dict)
     timeline: Mapping[str, Callable[[], list[dict[str, Any]]]] = field(default_factory=dict)
+    capture: Mapping[str, Callable[[], CaptureCost]] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,12 +25,13 @@ from gear_engine.bench.inputs import (
 )
 from gear_engine.bench.registry import Benchmark, Check, Context, Implementation, Skip, Work, register
 from gear_engine.config import GeneratorConfig
+from gear_engine.cuda_graph import CaptureCost
 from gear_engine.errors import InvalidRequestError
 from gear_engine.models.condition import class_rows
 from gear_engine.models.weights import GeneratorWeights
 from gear_engine.runner import decode_step, prefill
 
-__all__ = ["add_official", "config_of", "engines_of", "labels_of", "role_of", "rows_of"]
+__all__ = ["add_official", "capture_of", "config_of", "engines_of", "labels_of", "role_of", "rows_of"]
 
 
 @functools.lru_cache(maxsize=3)
@@ -65,6 +66,11 @@ def engines_of(params: dict[str, Any], tokens: int, context: Context) -> tuple[d
     return {
         name: make("auto" if followed and name != "reference" else name, tokens, context) for name in names
     }, skipped
+
+
+def capture_of(engines: Mapping[str, Engine]) -> dict[str, Callable[[], CaptureCost]]:
+    """Asks every engine what its captured graphs have taken."""
+    return {name: lambda engine=engine: engine.capture_cost for name, engine in engines.items()}  # type: ignore[misc]
 
 
 def role_of(name: str) -> str:

@@ -12,7 +12,7 @@ from gear_engine.bench import counts
 from gear_engine.bench.breakdown import breakdown, rollout_counts
 from gear_engine.bench.inputs import RATE, official_generator, share_unequal
 from gear_engine.bench.registry import Benchmark, Check, Context, Implementation, Work, register
-from gear_engine.bench.suite_models import add_official, config_of, engines_of, labels_of, role_of
+from gear_engine.bench.suite_models import add_official, capture_of, config_of, engines_of, labels_of, role_of
 from gear_engine.errors import InvalidRequestError
 from gear_engine.models.condition import class_rows
 from gear_engine.models.weights import GeneratorWeights
@@ -55,6 +55,7 @@ def _rollout(params: dict[str, Any], context: Context) -> Work:
         "image",
         check=check,
         breakdown=parts,
+        capture=capture_of(engines),
         skipped=skipped,
     )
 

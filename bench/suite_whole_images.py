@@ -22,6 +22,7 @@ from gear_engine.bench.inputs import (
     tokenizer,
 )
 from gear_engine.bench.registry import Benchmark, Context, Implementation, Skip, Work, register
+from gear_engine.bench.suite_models import capture_of
 from gear_engine.errors import InvalidRequestError
 from gear_engine.tokenizers.images import to_uint8
 
@@ -47,9 +48,10 @@ def _end_to_end(params: dict[str, Any], context: Context) -> Work:
         with torch.inference_mode():
             return to_uint8(coder.decode_code(tokens.long(), latent))
 
-    implementations, timeline = [], {}
+    implementations, timeline, engines = [], {}, {}
     for name in names:
         engine = Engine(weights, max_images=images, dtype=dtype, backend=asked or name, weight_format=kind)
+        engines[name] = engine
 
         def call(index: int, engine: Engine = engine) -> torch.Tensor:
             return decode(engine.generate(labels, settings, rng="philox"))
@@ -75,6 +77,7 @@ def _end_to_end(params: dict[str, Any], context: Context) -> Work:
         images,
         "image",
         timeline=timeline,
+        capture=capture_of(engines),
         skipped=skipped,
     )
 

@@ -195,6 +195,8 @@ def _sample_one(plan: Plan, source: Source, folder: RunFolder, draw: _Draw, open
                 states = GeneratorStates(folder.states, world.rank, draw.generator)
                 sample_in_order(folder, source.ordered_batches(world, plan.batch), draw, states, progress.images)
         world.wait()
+        if world.is_main and draw.captured():
+            folder.measured("capture", draw.captured())
     if world.is_main:
         if args.pack_npz and not folder.npz.exists():
             folder.pack()
@@ -232,6 +234,17 @@ class _Draw(DrawImages):
             pixels = torch.cat([self._pixels(part, size) for part in torch.split(tokens, self._plan.decode_batch)])
             images: NDArray[np.uint8] = pixels.numpy()
             return images
+
+    def captured(self) -> dict[str, dict[str, float]]:
+        """What capturing graphs has taken in this process, by model; nothing where nothing is captured."""
+        from gear_engine.tokenizers import DeviceDecoder
+
+        costs, decoder = {"generator": self._engine.capture_cost}, self._models.decoder
+        if isinstance(decoder, DeviceDecoder):
+            costs["decoder"] = decoder.capture_cost
+        return {
+            name: {"seconds": cost.seconds, "bytes": cost.nbytes} for name, cost in costs.items() if cost.seconds > 0
+        }
 
     def _tokens(self, indices: Sequence[int]) -> torch.Tensor:
         args = self._plan.args

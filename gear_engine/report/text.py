@@ -16,7 +16,7 @@ __all__ = [
 #: Columns of a report's table; see :func:`row_cells`.
 COLUMNS = (
     "work", "implementation", "median", "IQR", "p10 to p90", "p99", "wall clock", "throughput", "faster than",
-    "floor", "of floor", "check", "flags",
+    "floor", "of floor", "capture", "check", "flags",
 )  # fmt: skip
 
 
@@ -68,6 +68,12 @@ def check_text(row: Row) -> str:
     return f"{'ok' if check['passed'] else 'DIFFERS'} ({error})"
 
 
+def capture_text(row: Row) -> str:
+    """What capturing graphs took before: ``1.20 s, 33.0 MB``; empty without graphs."""
+    capture = row.data.get("capture")
+    return f"{seconds_text(capture['seconds'])}, {bytes_text(capture['bytes'])}" if capture else ""
+
+
 def against_text(row: Row, group: Sequence[Row]) -> str:
     """How many times faster an engine's row is than the others that did the same work: ``9.1x reference``."""
     if row.role != "engine":
@@ -92,6 +98,7 @@ def row_cells(row: Row, group: Sequence[Row] = ()) -> dict[str, str]:
         "faster than": against_text(row, group),
         "floor": "-" if floor is None else f"{seconds_text(floor[0])} ({floor[1]})",
         "of floor": percent(row.reached),
+        "capture": capture_text(row),
         "check": check_text(row),
         "flags": "; ".join(row.data["flags"]),
     }

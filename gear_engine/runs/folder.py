@@ -103,6 +103,10 @@ class RunFolder:
             remove_temporaries(folder)
         record.check_or_write(self.path / "run.json", settings, environment)
 
+    def measured(self, name: str, value: Any) -> None:
+        """Adds what the run has measured to ``run.json``."""
+        record.add_measured(self.path / "run.json", name, value)
+
     def image_path(self, index: int) -> Path:
         return self.samples / f"{index:06d}.png"
 

@@ -10,7 +10,7 @@ from typing import Any
 from gear_engine.errors import ResumeMismatchError
 from gear_engine.files import write_atomic
 
-__all__ = ["Settings", "check_or_write", "first_difference", "read_record"]
+__all__ = ["Settings", "add_measured", "check_or_write", "first_difference", "read_record"]
 
 #: Everything that decides a run's images, by name; JSON values.
 Settings = dict[str, Any]
@@ -96,3 +96,10 @@ def check_or_write(path: Path, settings: Settings, environment: dict[str, Any], 
         for name, value in asked.items()
         if made_with.get(name) != value
     ]
+
+
+def add_measured(path: Path, name: str, value: Any) -> None:
+    """Adds what a run has measured to its record: it decides no image, and nothing is compared with it."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record.setdefault("measured", {})[name] = value
+    write_atomic(path, (json.dumps(record, indent=2) + "\n").encode())

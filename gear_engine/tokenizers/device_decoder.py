@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from gear_engine.cuda_graph import EagerLauncher, Executor, GraphLauncher, Launcher
+from gear_engine.cuda_graph import CaptureCost, EagerLauncher, Executor, GraphLauncher, Launcher
 from gear_engine.errors import ConfigError, InvalidRequestError
 from gear_engine.tokenizers.device_network import DeviceNetwork, resolve_norms
 from gear_engine.tokenizers.images import resize, to_uint8
@@ -134,6 +134,11 @@ class DeviceDecoder:
     def refresh(self) -> None:
         """Reads the convolutions' weights again, into the same places."""
         self._network.refresh()
+
+    @property
+    def capture_cost(self) -> CaptureCost:
+        """Seconds and device memory that captured graphs have taken so far."""
+        return sum((program.step.cost for program in self._programs.values()), CaptureCost())
 
     @torch.no_grad()
     def submit(self, tokens: torch.Tensor, size: int | None = None) -> Pending:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from gear_engine.cli.main import main
+from gear_engine.cuda_graph import CaptureCost
 from gear_engine.engine import Engine
 from gear_engine.runs.labels import random_labels, text_hash
 from gear_engine.tokenizers import DeviceDecoder, Tokenizer
@@ -224,3 +225,16 @@ def test_an_fp8_cache(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFi
     settings = json.loads(run.read_text())["settings"]
     assert (settings["cache_dtype"], settings["backend"]["decode_attention"]) == ("fp8", "reference")
     assert sample(checkpoint, tmp_path, count=1) == 2, "another cache is another run"
+
+
+def test_what_capturing_took_is_recorded(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU; nothing is captured on a CPU, and nothing said about it. A resumed run is not compared with it."""
+    record = tmp_path / "exp" / "step0000007" / "cfg1-temp1" / "run.json"
+    assert sample(checkpoint, tmp_path, count=1) == 0
+    assert set(json.loads(record.read_text())) == {"settings", "environment"}
+    (record.parent / "samples.npz").unlink()
+    monkeypatch.setattr(Engine, "capture_cost", CaptureCost(1.25, 4096))
+    assert sample(checkpoint, tmp_path, count=1) == 0
+    assert json.loads(record.read_text())["measured"] == {"capture": {"generator": {"seconds": 1.25, "bytes": 4096}}}
+    (record.parent / "samples.npz").unlink()
+    assert sample(checkpoint, tmp_path, count=1) == 0

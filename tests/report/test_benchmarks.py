@@ -25,8 +25,10 @@ from gear_engine.bench.registry import (
 )
 from gear_engine.bench.sampling import Limits, take_samples
 from gear_engine.cli.main import main
+from gear_engine.cuda_graph import CaptureCost
 from gear_engine.errors import InvalidRequestError
 from gear_engine.report.record import Report, read_report, validate
+from gear_engine.report.text import row_cells
 
 CPU = torch.device("cpu")
 
@@ -167,7 +169,9 @@ def _work(params: dict[str, Any], context: Context) -> Work:
         Implementation("ours", "engine", lambda index: wrong),
         Implementation("reference", "reference", lambda index: x),
     ]
-    return Work(work, None, None, params["n"], "number", check=check, skipped={"faiss": "not installed"})
+    capture = {"ours": lambda: CaptureCost(1.5, 33_000_000), "reference": CaptureCost}
+    skipped = {"faiss": "not installed"}
+    return Work(work, None, None, params["n"], "number", check=check, skipped=skipped, capture=capture)
 
 
 def test_a_run_checks_flags_and_lists_what_it_skips(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +188,8 @@ def test_a_run_checks_flags_and_lists_what_it_skips(monkeypatch: pytest.MonkeyPa
     assert not rows["_numbers[n=2] ours"].data["check"]["passed"]
     assert "output differs from the reference" in rows["_numbers[n=2] ours"].data["flags"]
     assert rows["_numbers[n=1] reference"].data["check"] is None
+    assert row_cells(rows["_numbers[n=1] ours"])["capture"] == "1.50 s, 33.0 MB"
+    assert row_cells(rows["_numbers[n=1] reference"])["capture"] == ""
     assert [entry["id"] for entry in record["skipped"]] == [
         "_numbers[n=1] faiss",
         "_numbers[n=2] faiss",

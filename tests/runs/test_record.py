@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gear_engine.errors import ResumeMismatchError
-from gear_engine.runs.record import check_or_write, first_difference
+from gear_engine.runs.record import add_measured, check_or_write, first_difference, read_record
 
 SETTINGS: dict[str, Any] = {
     "checkpoint": {"sha256": "ab"},
@@ -84,3 +84,14 @@ def test_comparing_writes_nothing(tmp_path: Path) -> None:
 def test_the_record_is_json(tmp_path: Path) -> None:
     check_or_write(tmp_path / "run.json", SETTINGS, {"torch": "1"})
     assert json.loads((tmp_path / "run.json").read_text()) == {"settings": SETTINGS, "environment": {"torch": "1"}}
+
+
+def test_what_is_measured_is_not_compared(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    check_or_write(path, SETTINGS, {"torch": "1"})
+    for seconds in (1.5, 2.5):
+        add_measured(path, "capture", {"generator": {"seconds": seconds, "bytes": 100}})
+        assert check_or_write(path, SETTINGS, {"torch": "1"}) == []
+    record = json.loads(path.read_text())
+    assert record["measured"] == {"capture": {"generator": {"seconds": 2.5, "bytes": 100}}}
+    assert read_record(path) == (SETTINGS, {"torch": "1"})
