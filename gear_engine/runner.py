@@ -135,7 +135,7 @@ def encode_prefix(weights: GeneratorWeights, ops: GeneratorOps, rows: PrefixRows
             attended = heads.repeat_interleave(config.n_head // config.n_kv_head, dim=1).flatten(1)
         h = ops.skinny_linear(attended, text.wo, residual=h)
         h = _feed_forward(ops, h, block, eps)
-    logits = ops.skinny_linear(h, weights.output, norm_weight=weights.norm, norm_eps=eps).float()
+    logits = ops.logits(h, weights.output, norm_weight=weights.norm, norm_eps=eps)
     values = torch.stack(means).unflatten(-1, (config.n_kv_head, config.head_dim))
     return PrefixState(values=values, bias=rows.valid.float().log(), logits=logits)
 
@@ -207,4 +207,4 @@ def decode_step(
         )
         h = ops.skinny_linear(attended, block.wo, residual=h)
         h = _feed_forward(ops, h, block, eps)
-    return ops.skinny_linear(h, weights.output, norm_weight=weights.norm, norm_eps=eps).float()
+    return ops.logits(h, weights.output, norm_weight=weights.norm, norm_eps=eps)

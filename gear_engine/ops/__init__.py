@@ -28,6 +28,7 @@ from gear_engine.ops import (
     skinny_linear,
     soft_readout,
 )
+from gear_engine.ops.packed_weight import Weight
 
 __all__ = [
     "GeneratorOps",
@@ -67,6 +68,17 @@ class GeneratorOps:
     backends: Mapping[str, str]
     decode_step: Callable[..., torch.Tensor] | None = None
     decode_steps: Callable[..., tuple[int, bool]] | None = None
+
+    def logits(self, h: torch.Tensor, weight: Weight, *, norm_weight: torch.Tensor, norm_eps: float) -> torch.Tensor:
+        """The head: ``skinny_linear(h, weight)`` in fp32 (R, vocab_size).
+
+        The compiled CUDA kernel writes its fp32 sums (as the compiled CPU steps do, and without a launch that would
+        widen them); the others round to h's dtype first.
+        """
+        if self.backends.get("skinny_linear") == "cuda":
+            wide = {"norm_weight": norm_weight, "norm_eps": norm_eps, "out_dtype": torch.float32}
+            return self.skinny_linear(h, weight, **wide)
+        return self.skinny_linear(h, weight, norm_weight=norm_weight, norm_eps=norm_eps).float()
 
     @classmethod
     def resolve(

@@ -74,14 +74,10 @@ def run(
     v_scale: torch.Tensor | None = None,
     first_slot: int | None = None,
     position: int | None = None,
-    counter: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compiled. A row's bits depend on that row and its slot's cache only. Reads nothing on the host.
 
     A slot or position that does not exist stops the kernel.
-
-    Args:
-        counter: int64 (), added to every position by the device.
 
     Raises:
         ValueError: a head or an entry of the caches does not fit the kernel.
@@ -111,7 +107,7 @@ def run(
             k_cache.data_ptr(), v_cache.data_ptr(), DTYPES[k_cache.dtype], k_cache.shape[0], entries,
             *k_cache.stride()[:3], 0 if k_scale is None else k_scale.data_ptr(),
             0 if v_scale is None else v_scale.data_ptr(), *scale_strides, prefix_bias.data_ptr(), slots.data_ptr(),
-            positions.data_ptr(), 0 if counter is None else counter.data_ptr(), rope.data_ptr(), out.data_ptr(),
+            positions.data_ptr(), 0, rope.data_ptr(), out.data_ptr(),
             splits, 0 if stored is None else stored.data_ptr(), 0 if arrived is None else arrived.data_ptr(), stream,
         )  # fmt: skip
     return out

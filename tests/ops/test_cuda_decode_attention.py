@@ -113,15 +113,6 @@ def test_bits_do_not_depend_on_batch_or_split(run: Run, cache_dtype: torch.dtype
         assert torch.equal(alone, results[0][one])
 
 
-def test_the_device_adds_its_step_counter(run: Run) -> None:
-    case = Case([1, 0], [5, 66], 16, (1, 1), torch.float32)
-    operands, _ = case.operands()
-    expected = run(*operands)
-    operands, _ = case.operands()
-    *before, positions, rope, n_head = operands
-    assert torch.equal(run(*before, positions - 9, rope, n_head, counter=torch.tensor(9)), expected)
-
-
 def test_caches_that_are_not_made_of_words_are_refused(run: Run) -> None:
     cache = torch.zeros(2, 1, 8, 100, dtype=torch.bfloat16)
     qkv, index = torch.zeros(1, 300, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -49,6 +50,21 @@ def test_fp32_results_of_narrow_operands_are_not_rounded(emulated: Emulated) -> 
     assert out.dtype == torch.float32
     assert torch.allclose(out.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
     assert not torch.equal(out, out.half().float())
+
+
+def test_an_engine_takes_logits_that_were_never_rounded(emulated: Emulated) -> None:
+    """The head of a model in bf16; other backends widen what was rounded to bf16."""
+    x, weight, norm = noise(torch.bfloat16, 3, 40), noise(torch.bfloat16, 24, 40), noise(torch.bfloat16, 40)
+    parts = {"norm_weight": norm, "norm_eps": 1e-5}
+    ops = GeneratorOps.resolve(torch.device("cpu"), torch.bfloat16, "reference")
+    rounded = ops.logits(x, weight, **parts)
+    assert torch.equal(rounded, op.reference(x, weight, **parts).float())
+    run = functools.partial(emulated("skinny_linear"), overlap=True)
+    by_cuda = dataclasses.replace(ops, skinny_linear=run, backends={**ops.backends, "skinny_linear": "cuda"})
+    logits = by_cuda.logits(x, weight, **parts)
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
+    assert torch.allclose(logits, rounded, rtol=1e-2, atol=1e-2)
 
 
 def test_an_engine_lets_the_kernels_fetch_weights_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
