@@ -140,6 +140,7 @@ class DeviceDecoder:
         """Seconds and device memory that captured graphs have taken so far."""
         return sum((program.step.cost for program in self._programs.values()), CaptureCost())
 
+    @torch.inference_mode(False)  # What is kept is written in any mode.
     @torch.no_grad()
     def submit(self, tokens: torch.Tensor, size: int | None = None) -> Pending:
         """Begins to decode square images.

@@ -82,9 +82,11 @@ class DeviceNetwork:
         self.weights: dict[nn.Conv2d, torch.Tensor] = {}
         self.refresh()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self) -> None:
         """Reads the convolutions' weights again, into the same places."""
+        # Made in inference mode, they could not be written outside it.
         shortcuts = {module for name, module in self._decoder.named_modules() if name.endswith("nin_shortcut")}
         for conv in self._decoder.modules():
             if not isinstance(conv, nn.Conv2d):

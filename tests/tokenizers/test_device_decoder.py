@@ -204,6 +204,17 @@ def test_how_its_norms_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_norms(gpu, {"group_norm_silu": "triton"})
 
 
+def test_inference_mode_leaves_no_trace(vq: Tokenizer) -> None:
+    tokens = _tokens(vq, 1)
+    with torch.inference_mode():
+        decoder = DeviceDecoder(vq, batch=1)
+        inside = decoder.decode(tokens.clone())
+    decoder.refresh()
+    assert torch.equal(decoder.decode(tokens), inside)
+    with torch.inference_mode():
+        assert torch.equal(decoder.decode(tokens), inside)
+
+
 def test_where_it_is_chosen(vq: Tokenizer) -> None:
     """On every device but the CPU, in fp32 unless another arithmetic is asked for, wherever it can decode."""
     assert choose_decoder(vq, None, 2) is None
