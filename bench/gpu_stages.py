@@ -131,6 +131,11 @@ def plan(machine: Machine, out: Path, official: Path | None) -> list[Stage]:
         *("--device", "cuda", "--max-seconds", "0.3", "--grid", "dtype=bf16", "model=LlamaGen-XL"),
     )
 
+    decoder = (
+        *("decoder", "--device", "cuda", "--max-seconds", "0.3"),
+        *("--grid", "tokenizer=VQ-16", "images=1,64", "dtype=bf16"),
+    )
+
     def peers(model: str) -> Stage:
         """Compiling the official model takes minutes."""
         name = f"peers-{model.rpartition('-')[2].lower()}"
@@ -160,6 +165,7 @@ def plan(machine: Machine, out: Path, official: Path | None) -> list[Stage]:
             (
                 Command("rollout", (*rollout, "--json", str(out / "rollout.json"), "--budget", "70")),
                 Command("ops", (*module("gear_engine.cli", "bench", *bench), "--out", str(out / "ops-report.json"))),
+                Command("decoder", (*module("gear_engine.cli", "bench", *decoder), "--out", str(out / "decoder.json"))),
             ),
         ),
         Stage(

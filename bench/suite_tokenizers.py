@@ -20,9 +20,9 @@ from gear_engine.bench.inputs import (
     tokenizer,
 )
 from gear_engine.bench.registry import Benchmark, Check, Context, Implementation, Skip, Work, register
-from gear_engine.errors import BackendUnavailableError, InvalidRequestError
+from gear_engine.errors import BackendUnavailableError, ConfigError, InvalidRequestError
 from gear_engine.ops import backends
-from gear_engine.tokenizers import Decoder, Tokenizer
+from gear_engine.tokenizers import Decoder, DeviceDecoder, Tokenizer, choose_decoder, decoder_name, to_uint8
 
 METRICS = ("l2", "l2_normalized", "inner_product")
 
@@ -74,24 +74,29 @@ def _decode(params: dict[str, Any], context: Context) -> Work:
     codes = torch.randint(0, limit, shape, generator=context.generator(), device=context.device)
     latent = ours.latent_shape(images, pixels, pixels)
 
+    implementations, skipped, decoder = [], {}, None
+    try:
+        decoder = choose_decoder(ours, TORCH_DTYPES[params["dtype"]][0], images)
+    except (BackendUnavailableError, ConfigError) as reason:
+        skipped["cpu" if context.device.type == "cpu" else "device"] = str(reason)
+    as_pixels = isinstance(decoder, DeviceDecoder)
+    if context.device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, as it is in torch's products
+
     def inferring(decode: Any) -> Any:
+        """Floats; or pixels on the host, where that is what the engine's decoder gives."""
+
         def call(index: int) -> torch.Tensor:
             with torch.inference_mode():
                 decoded: torch.Tensor = decode()
-                return decoded
+                return to_uint8(decoded).cpu() if as_pixels else decoded
 
         return call
 
     # The reference: the modules' own forward, which is what torch eager does.
     reference = inferring(lambda: ours.decode(ours.lookup(codes, latent)))
-    implementations, skipped = [], {}
-    try:
-        compiled = Decoder(ours, dtype=TORCH_DTYPES[params["dtype"]][0])
-        implementations.append(
-            Implementation("cpu", "engine", inferring(lambda: compiled.decode(ours.lookup(codes, latent))))
-        )
-    except BackendUnavailableError as reason:
-        skipped["cpu"] = str(reason)
+    if decoder is not None:
+        implementations.append(Implementation(decoder_name(decoder, ours), "engine", _decoding(decoder, codes, latent)))
     if "reference" in context.peers:
         implementations.append(Implementation("reference", "reference", reference))
     if "official" in context.peers:
@@ -106,6 +111,8 @@ def _decode(params: dict[str, Any], context: Context) -> Work:
     # torch's own fp32 convolutions lose up to 1.2e-5 of the largest value: float64 tells who is right.
     exact = inferring(lambda: _decode_exactly(ours, codes, latent))
     check = Check(exact, largest_error, 2 * BOUND["fp32"], "max|a-b|/max|b| of the images, b in float64")
+    if as_pixels:
+        check = Check(exact, _pixel_steps, 1.0, "largest difference of pixels, of 255, to float64")
     if params["dtype"] == "bf16":
         check = Check(reference, _noise_to_peak, 10 ** (-45 / 20), "rms(a-b)/range(b) of the images; 45 dB")
     return Work(
@@ -115,8 +122,22 @@ def _decode(params: dict[str, Any], context: Context) -> Work:
         images,
         "image",
         check=check,
+        capture={"device": lambda: decoder.capture_cost} if isinstance(decoder, DeviceDecoder) else {},
         skipped=skipped,
     )
+
+
+def _decoding(decoder: Decoder | DeviceDecoder, codes: torch.Tensor, latent: Any) -> Any:
+    """``decoder``'s images, as :func:`_decode` compares them."""
+
+    def call(index: int) -> torch.Tensor:
+        return decoder.decode(codes) if isinstance(decoder, DeviceDecoder) else decoder.decode_code(codes, latent)
+
+    return call
+
+
+def _pixel_steps(output: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((output.int() - reference.int()).abs().max())
 
 
 def _decode_exactly(ours: Tokenizer, codes: torch.Tensor, latent: Any) -> torch.Tensor:
@@ -127,8 +148,8 @@ def _decode_exactly(ours: Tokenizer, codes: torch.Tensor, latent: Any) -> torch.
 
 def _noise_to_peak(output: torch.Tensor, reference: torch.Tensor) -> float:
     """rms(a - b) / (max b - min b): 10^(-PSNR / 20)."""
-    spread = reference.max() - reference.min()
-    return float((output - reference).double().square().mean().sqrt() / spread)
+    output, reference = output.double(), reference.double()
+    return float((output - reference).square().mean().sqrt() / (reference.max() - reference.min()))
 
 
 _VQ = ("VQ-16",)

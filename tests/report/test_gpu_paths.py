@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from gear_engine.bench import breakdown
-from gear_engine.bench.registry import Implementation
+from gear_engine.bench import breakdown, inputs, suite_tokenizers
+from gear_engine.bench.registry import Context, Implementation, select
 from gear_engine.bench.sampling import Limits, take_samples
 from gear_engine.report import facts, nvml
 from gear_engine.report.conditions import ConditionSampler, flags_between
 from gear_engine.report.html import report_html
 from gear_engine.report.record import Report, validate
 from gear_engine.report.table_csv import csv_text
+from gear_engine.tokenizers import DeviceDecoder
 from tests.report.conftest import make_record, make_row
+from tests.tokenizers.test_tokenizer import SMALL
 
 CUDA = torch.device("cuda", 0)
 
@@ -200,3 +202,21 @@ def test_kernels_of_a_gpu_and_the_gap(events: list[torch.device], monkeypatch: p
     assert (linear["name"], linear["seconds"], linear["calls"]) == ("linear", 0.002, 1)
     assert attention["seconds"] == 0.001 and attention["calls"] == 12 and len(attention["name"]) <= 80
     assert gap == {"name": "gap", "seconds": pytest.approx(0.001), "calls": 0, "bytes": None, "ops": None}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_decoder_benchmark_times_what_a_gpu_decodes_with(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """Pixels on the host, of every implementation; the engine's within a step, or 45 dB in bf16."""
+    monkeypatch.setattr(
+        suite_tokenizers, "choose_decoder", lambda coder, dtype, batch: DeviceDecoder(coder, dtype=dtype, batch=batch)
+    )
+    monkeypatch.setitem(inputs.TOKENIZER_PRESETS, "VQ-16", SMALL["vq"])
+    (case,) = select(["decoder"], "standard", {"tokenizer": ["VQ-16"], "images": ["2"], "dtype": [dtype]}, "pixels=256")
+    work = case.benchmark.prepare({**case.params, "pixels": 32}, Context(torch.device("cpu")))
+    assert [each.name for each in work.implementations] == ["device", "reference"]
+    assert work.check is not None
+    expected = work.check.reference(0)
+    for each in work.implementations:
+        pixels = each.call(0)
+        assert (pixels.dtype, tuple(pixels.shape)) == (torch.uint8, (2, 32, 32, 3))
+        assert work.check.error(pixels, expected) <= work.check.bound
