@@ -106,8 +106,9 @@ class TestFp8Cache:
         assert sizes[1] / sizes[0] == pytest.approx(0.5 * (1 + 2 / 64))
         engine = Engine(small_model(), cache_dtype=torch.float8_e4m3fn)
         assert engine.cache.dtype == torch.float8_e4m3fn
-        assert engine.ops.backends["decode_attention"] == "reference"
-        assert engine.ops.decode_step is None
+        assert engine.ops.backends["decode_attention"] == "cpu"
+        assert engine.ops.decode_step is not None
+        assert engine.ops.decode_steps is not None
 
     def test_token_agreement_under_equal_noise(self) -> None:
         """Along the exact tokens: how often the draw from the next logits is the same one."""
@@ -152,5 +153,12 @@ class TestFp8Cache:
         for other in (torch.bfloat16, "fp4", "bf16"):
             with pytest.raises(ConfigError, match="cache holds"):
                 Engine(small_model(), cache_dtype=other)  # type: ignore[arg-type]
-        with pytest.raises(BackendUnavailableError, match="float8_e4m3fn"):
-            Engine(small_model(), cache_dtype=torch.float8_e4m3fn, backend="cpu")
+
+    def test_activations_decide_too(self) -> None:
+        """The compiled kernels take no fp16 activations: asked for, they refuse; else the reference runs."""
+        options: dict[str, Any] = {"dtype": torch.float16, "cache_dtype": "fp8"}
+        with pytest.raises(BackendUnavailableError, match=r"decode_attention.*not float16"):
+            Engine(small_model(), backend={"decode_attention": "cpu"}, **options)
+        engine = Engine(small_model(), **options)
+        assert engine.ops.backends["decode_attention"] == "reference"
+        assert engine.generate([1], max_new_tokens=3).shape == (1, 3)

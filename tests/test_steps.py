@@ -29,6 +29,7 @@ FORMATS: list[dict[str, Any]] = [
     {},
     {"dtype": torch.bfloat16},
     {"dtype": torch.bfloat16, "weight_format": "int8"},
+    {"dtype": torch.bfloat16, "cache_dtype": "fp8"},
 ]
 
 

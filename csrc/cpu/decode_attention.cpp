@@ -1,10 +1,10 @@
 // Keys are cut into fixed chunks of 64. A chunk gives (max, sum, accumulator) of its softmax, and chunks merge in
 // order, so that a row's bits depend on its own cache only. One task is one row and one key/value head with its group
-// of queries.
+// of queries. An fp8 entry's scale multiplies its key's score and its value's weight, not their elements.
 #include "cpu/decode_attention.h"
 
 #include "cpu/parallel.h"
-#include "cpu/simd.h"
+#include "cpu/simd_fp8.h"
 
 namespace gear::GEAR_ISA {
 namespace {
@@ -114,9 +114,8 @@ void weigh_all_values(const Head& head, const T* values, std::int64_t stride, in
 }
 
 // weights = exp(weights - max) and the chunk's sum and max; entries behind n become 0.
-void soften(Head& head, int n, float scale, float first_bias, bool has_prefix, float& max_out, float& sum_out) {
+void soften(Head& head, int n, float first_bias, bool has_prefix, float& max_out, float& sum_out) {
   const float lowest = -__builtin_inff();
-  for (int j = 0; j < n; ++j) head.weights[j] *= scale;
   for (int j = n; j < kChunk; ++j) head.weights[j] = lowest;
   if (has_prefix) head.weights[0] = first_bias;
   Vec top = splat(lowest);
@@ -146,17 +145,31 @@ void merge(Head& head, std::int64_t head_dim, float chunk_max, float chunk_sum) 
   head.max = top;
 }
 
+// One slot's entries of one key/value head; T is what they are stored in.
 template <class T>
-void attend_head(const DecodeAttention& call, Head& head, const T* keys, const T* values, std::int64_t n_entries,
+struct Entries {
+  T *keys, *values;
+  float16 *k_scale, *v_scale;  // of fp8 entries
+};
+
+template <class T>
+void attend_head(const DecodeAttention& call, Head& head, const Entries<T>& entries, std::int64_t n_entries,
                  float prefix_bias) {
+  constexpr bool kFp8 = sizeof(T) == 1;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(call.head_dim));
   for (std::int64_t first = 0; first < n_entries; first += kChunk) {
     const int n = static_cast<int>(n_entries - first < kChunk ? n_entries - first : kChunk);
-    const T* chunk_keys = keys + first * call.entry_stride;
-    const T* chunk_values = values + first * call.entry_stride;
+    const T* chunk_keys = entries.keys + first * call.entry_stride;
+    const T* chunk_values = entries.values + first * call.entry_stride;
     scores(head, chunk_keys, chunk_values, call.entry_stride, n, call.head_dim, head.weights);
+    if constexpr (kFp8) {
+      apply_scales(head.weights, entries.k_scale + first, n, scale * kE4m3Unit);
+    } else {
+      for (int j = 0; j < n; ++j) head.weights[j] *= scale;
+    }
     float chunk_max, chunk_sum;
-    soften(head, n, scale, prefix_bias, first == 0, chunk_max, chunk_sum);
+    soften(head, n, prefix_bias, first == 0, chunk_max, chunk_sum);
+    if constexpr (kFp8) apply_scales(head.weights, entries.v_scale + first, n, kE4m3Unit);
     const std::int64_t left = n_entries - first - n;
     prefetch_rows(chunk_keys + n * call.entry_stride, call.entry_stride,
                   static_cast<int>(left < kChunk / 4 ? left : kChunk / 4), call.head_dim);
@@ -171,7 +184,37 @@ void attend_head(const DecodeAttention& call, Head& head, const T* keys, const T
   }
 }
 
+// One vector of the new token, quantized.
 template <class T>
+void write_quantized(const T* x, std::int64_t head_dim, float8* entry, float16* scale) {
+  float wide[kMaxHeadDim];
+  float8 stored[kMaxHeadDim];
+  for (std::int64_t i = 0; i < head_dim; ++i) wide[i] = to_float(x[i]);
+  for (std::int64_t i = head_dim; i < (head_dim + kLanes - 1) / kLanes * kLanes; ++i) wide[i] = 0.0f;
+  quantize_entry(wide, head_dim, stored, scale);
+  std::memcpy(entry, stored, static_cast<std::size_t>(head_dim));
+}
+
+// The new token's key and value.
+template <class T, class Stored>
+void write_entry(const DecodeAttention& call, const T* key, const T* value, const float* rope, std::int64_t entry,
+                 const Entries<Stored>& entries) {
+  const std::int64_t d = call.head_dim;
+  Stored* new_key = entries.keys + entry * call.entry_stride;
+  Stored* new_value = entries.values + entry * call.entry_stride;
+  if constexpr (sizeof(Stored) == 1) {
+    T rotated[kMaxHeadDim];
+    rotate(key, rope, d, rotated);
+    write_quantized(rotated, d, new_key, entries.k_scale + entry);
+    write_quantized(value, d, new_value, entries.v_scale + entry);
+  } else {
+    rotate(key, rope, d, new_key);
+    for (std::int64_t i = 0; i < d; ++i) new_value[i] = value[i];
+  }
+}
+
+// T is the dtype of qkv and out.
+template <class T, class Stored>
 void attend_group(const DecodeAttention& call, std::int64_t row, std::int64_t kv_head) {
   const std::int64_t d = call.head_dim, slot = call.slots[row], position = call.positions[row];
   const std::int64_t dim = call.n_head * d, group = call.n_head / call.n_kv_head;
@@ -183,12 +226,16 @@ void attend_group(const DecodeAttention& call, std::int64_t row, std::int64_t kv
   const T* qkv = static_cast<const T*>(call.qkv) + row * call.qkv_stride;
   const float* rope = call.rope + position * d;
   const std::int64_t base = slot * call.slot_stride + kv_head * call.head_stride;
-  T* keys = static_cast<T*>(call.k_cache) + base;
-  T* values = static_cast<T*>(call.v_cache) + base;
+  Entries<Stored> entries{static_cast<Stored*>(call.k_cache) + base, static_cast<Stored*>(call.v_cache) + base, nullptr,
+                          nullptr};
+  if constexpr (sizeof(Stored) == 1) {
+    const std::int64_t scale_base = slot * call.scale_slot_stride + kv_head * call.scale_head_stride;
+    entries.k_scale = call.k_scale + scale_base;
+    entries.v_scale = call.v_scale + scale_base;
+  }
   // Phase 1: this token's key and value.
-  rotate(qkv + dim + kv_head * d, rope, d, keys + (1 + position) * call.entry_stride);
-  const T* new_value = qkv + dim + (call.n_kv_head + kv_head) * d;
-  for (std::int64_t i = 0; i < d; ++i) values[(1 + position) * call.entry_stride + i] = new_value[i];
+  const T* key = qkv + dim + kv_head * d;
+  write_entry(call, key, key + call.n_kv_head * d, rope, 1 + position, entries);
   // Phase 2: each query of the group.
   Head head;
   for (std::int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
@@ -196,7 +243,7 @@ void attend_group(const DecodeAttention& call, std::int64_t row, std::int64_t kv
     rotate(qkv + h * d, rope, d, rotated);
     for (std::int64_t i = 0; i < d; ++i) head.q[i] = to_float(rotated[i]);
     for (std::int64_t i = d; i < (d + kLanes - 1) / kLanes * kLanes; ++i) head.q[i] = 0.0f;
-    attend_head(call, head, keys, values, position + 2, call.prefix_bias[slot]);
+    attend_head(call, head, entries, position + 2, call.prefix_bias[slot]);
     const float inverse = 1.0f / head.sum;
     T* out = static_cast<T*>(call.out) + row * dim + h * d;
     for (std::int64_t i = 0; i < d; ++i) out[i] = from_float<T>(head.out[i] * inverse);
@@ -208,10 +255,11 @@ void attend_group(const DecodeAttention& call, std::int64_t row, std::int64_t kv
 void attend(const DecodeAttention& call) {
   parallel_for(call.rows * call.n_kv_head, [&](std::int64_t task) noexcept {
     const std::int64_t row = task / call.n_kv_head, kv_head = task % call.n_kv_head;
+    const bool fp8 = call.k_scale != nullptr;
     if (call.dtype == Dtype::f32) {
-      attend_group<float>(call, row, kv_head);
+      fp8 ? attend_group<float, float8>(call, row, kv_head) : attend_group<float, float>(call, row, kv_head);
     } else {
-      attend_group<bf16>(call, row, kv_head);
+      fp8 ? attend_group<bf16, float8>(call, row, kv_head) : attend_group<bf16, bf16>(call, row, kv_head);
     }
   });
 }

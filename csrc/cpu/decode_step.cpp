@@ -41,6 +41,7 @@ void decode_step(const std::int64_t* words, float norm_eps, std::int64_t rows, c
   const std::int64_t head_dim = model.dim / model.n_head;
   const std::int64_t qkv_dim = model.dim + 2 * model.n_kv_head * head_dim;
   const std::int64_t bytes = static_cast<Dtype>(model.dtype) == Dtype::f32 ? 4 : 2;
+  const std::int64_t cache_bytes = model.scales == nullptr ? bytes : 1;
   const Hidden at = allocate(model, rows, qkv_dim, bytes);
   for (std::int64_t row = 0; row < rows; ++row) {
     if (tokens[row] < 0 || tokens[row] >= model.vocab_size) throw std::out_of_range("a token is not in the vocabulary");
@@ -50,16 +51,37 @@ void decode_step(const std::int64_t* words, float norm_eps, std::int64_t rows, c
   for (std::int64_t i = 0; i < model.n_layer; ++i) {
     StepLayer layer;
     std::memcpy(&layer, words + sizeof(StepModel) / 8 + i * (sizeof(StepLayer) / 8), sizeof layer);
-    char* keys = static_cast<char*>(model.kv) + i * model.layer_stride * bytes;
+    char* keys = static_cast<char*>(model.kv) + i * model.layer_stride * cache_bytes;
+    float16* k_scale = model.scales == nullptr ? nullptr : model.scales + i * model.scale_layer_stride;
+    float16* v_scale = model.scales == nullptr ? nullptr : k_scale + model.scale_value_offset;
 
     Linear qkv = layer_call(model, norm_eps, rows, model.dim, qkv_dim, layer.wqkv, at.h, at.qkv);
     qkv.norm_weight = layer.attention_norm;
     linear(qkv);
 
-    attend(DecodeAttention{rows, model.n_head, model.n_kv_head, head_dim, static_cast<Dtype>(model.dtype), at.qkv,
-                           qkv_dim, keys, keys + model.value_offset * bytes, model.num_slots, model.num_entries,
-                           model.slot_stride, model.head_stride, model.entry_stride, model.prefix_bias, slots,
-                           positions, model.rope, at.attended});
+    attend(DecodeAttention{rows,
+                           model.n_head,
+                           model.n_kv_head,
+                           head_dim,
+                           static_cast<Dtype>(model.dtype),
+                           at.qkv,
+                           qkv_dim,
+                           keys,
+                           keys + model.value_offset * cache_bytes,
+                           model.num_slots,
+                           model.num_entries,
+                           model.slot_stride,
+                           model.head_stride,
+                           model.entry_stride,
+                           k_scale,
+                           v_scale,
+                           model.scale_slot_stride,
+                           model.scale_head_stride,
+                           model.prefix_bias,
+                           slots,
+                           positions,
+                           model.rope,
+                           at.attended});
 
     Linear wo = layer_call(model, norm_eps, rows, model.dim, model.dim, layer.wo, at.attended, at.h);
     wo.residual = at.h;

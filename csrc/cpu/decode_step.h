@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/narrow_floats.h"
 #include "cpu/skinny_linear.h"
 
 namespace gear {
@@ -25,17 +26,19 @@ struct StepLayer {
 // What ops/decode_step.py writes as 64-bit words, in this order; `layers` follow it, `n_layer` of them.
 struct StepModel {
   std::int64_t n_layer, dim, ffn_dim, vocab_size, n_head, n_kv_head;
-  std::int64_t dtype;  // Dtype of activations, embeddings, norms and cache
+  std::int64_t dtype;  // Dtype of activations, embeddings and norms, and of the cache unless it has scales (fp8)
   const void* tok_embeddings;
   const void* norm;
   StepWeight output;
   void* kv;
   std::int64_t num_slots, num_entries;
   std::int64_t layer_stride, value_offset, slot_stride, head_stride, entry_stride;  // elements of kv
+  float16* scales;                                                                  // or null
+  std::int64_t scale_layer_stride, scale_value_offset, scale_slot_stride, scale_head_stride;
   const float* prefix_bias;
   const float* rope;
 };
-static_assert(sizeof(StepModel) == 22 * 8 && sizeof(StepLayer) == 17 * 8);
+static_assert(sizeof(StepModel) == 27 * 8 && sizeof(StepLayer) == 17 * 8);
 
 namespace cpu {
 

@@ -259,11 +259,11 @@ inline float max(Vec x) {
   return lanes[0];
 }
 
-// e^x to about 1 ulp for x in [-87.3, 88.7]; 0 below (so e^-inf = 0), e^88.7 above.
+// e^x to about 1 ulp for x in [-87.3, 88.7]; 0 below (so e^-inf = 0), e^88.7 above; what is no number stays none.
 // x = n ln 2 + r with |r| <= ln(2) / 2, e^r by the degree-6 minimax polynomial of Cephes' expf, ln 2 in two parts.
 inline Vec exp(Vec x) {
   const Vec lowest = splat(-87.3f);
-  const Vec clamped = min(max(x, lowest), splat(88.0f));
+  const Vec clamped = min(splat(88.0f), max(lowest, x));  // of two operands one of which is no number, the second
   const Vec n = round(mul(clamped, splat(1.44269504088896341f)));
   Vec r = fma(n, splat(-0.693359375f), clamped);
   r = fma(n, splat(2.12194440e-4f), r);

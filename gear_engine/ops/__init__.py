@@ -101,20 +101,21 @@ class GeneratorOps:
                 backends.implementations(op)
         found: dict[str, Any] = {}
         chosen: dict[str, str] = {}
-        main_dtypes = {
-            "decode_attention": cache_dtype or dtype,
-            "skinny_linear": dtype,
-            "sample_tokens": torch.float32,
+        cache_dtype = cache_dtype or dtype
+        dtypes = {
+            "decode_attention": (cache_dtype, dtype),
+            "skinny_linear": (dtype, None),
+            "sample_tokens": (torch.float32, None),
         }
-        for op, main_dtype in main_dtypes.items():
+        for op, (main_dtype, other) in dtypes.items():
             name = backend if isinstance(backend, str) else backend.get(op, "auto")
-            implementation = backends.resolve(op, device, main_dtype, name)
+            implementation = backends.resolve(op, device, main_dtype, name, other=other)
             found[op] = implementation.load()
             chosen[op] = implementation.backend
         if chosen["skinny_linear"] == chosen["decode_attention"] == "cpu":
-            found["decode_step"] = backends.resolve("decode_step", device, dtype, "cpu").load()
+            found["decode_step"] = backends.resolve("decode_step", device, dtype, "cpu", other=cache_dtype).load()
             if chosen["sample_tokens"] == "cpu":
-                found["decode_steps"] = backends.resolve("decode_steps", device, dtype, "cpu").load()
+                found["decode_steps"] = backends.resolve("decode_steps", device, dtype, "cpu", other=cache_dtype).load()
         if chosen["skinny_linear"] == "cuda":
             # What runs before a layer in an engine's stream writes its input, never its weights.
             found["skinny_linear"] = functools.partial(found["skinny_linear"], overlap=True)

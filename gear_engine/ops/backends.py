@@ -55,13 +55,14 @@ class Implementation:
     dtypes: frozenset[torch.dtype] | None
     unavailable: Callable[[], str | None]
 
-    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """The reason why this implementation cannot take ``dtype`` on ``device``, or None if it can."""
+    def why_not(self, device: torch.device, *dtypes: torch.dtype) -> str | None:
+        """The reason why this implementation cannot take ``dtypes`` on ``device``, or None if it can."""
         if self.devices is not None and device.type not in self.devices:
             return f"it runs on {', '.join(sorted(self.devices))}, not on {device.type}"
-        if self.dtypes is not None and dtype not in self.dtypes:
-            names = ", ".join(sorted(str(d).removeprefix("torch.") for d in self.dtypes))
-            return f"it takes {names}, not {str(dtype).removeprefix('torch.')}"
+        for dtype in dtypes:
+            if self.dtypes is not None and dtype not in self.dtypes:
+                names = ", ".join(sorted(str(d).removeprefix("torch.") for d in self.dtypes))
+                return f"it takes {names}, not {str(dtype).removeprefix('torch.')}"
         return self.unavailable()
 
 
@@ -95,21 +96,24 @@ def implementations(op: str) -> Mapping[str, Implementation]:
     return _REGISTRY[op]
 
 
-def resolve(op: str, device: torch.device, dtype: torch.dtype, backend: str = "auto") -> Implementation:
-    """The implementation of ``op`` for ``dtype`` on ``device``.
+def resolve(
+    op: str, device: torch.device, dtype: torch.dtype, backend: str = "auto", *, other: torch.dtype | None = None
+) -> Implementation:
+    """The implementation of ``op`` for ``dtype`` on ``device``, and for operands of the dtype ``other``, if there are.
 
     Raises:
         BackendUnavailableError: the named backend does not exist or cannot run; the message says why.
     """
     found = implementations(op)
+    dtypes = (dtype,) if other is None else (dtype, other)
     if backend == "auto":
         for name in PREFERENCE.get(device.type, _DEFAULT_PREFERENCE):
-            if name in found and found[name].why_not(device, dtype) is None:
+            if name in found and found[name].why_not(device, *dtypes) is None:
                 return found[name]
         raise BackendUnavailableError(f"no backend of op {op!r} runs {dtype} on {device}")
     if backend not in found:
         raise BackendUnavailableError(f"op {op!r} has no backend {backend!r}; it has {', '.join(found)}")
-    reason = found[backend].why_not(device, dtype)
+    reason = found[backend].why_not(device, *dtypes)
     if reason is not None:
         raise BackendUnavailableError(f"backend {backend!r} of op {op!r} cannot be used: {reason}")
     return found[backend]

@@ -123,7 +123,7 @@ def decode_attention(
         raise ValueError(f"slots and positions must be int64 ({rows},)")
     if rope.shape[1:] != (head_dim // 2, 2) or rope.dtype != torch.float32:
         raise ValueError(f"rope must be fp32 (block_size, {head_dim // 2}, 2)")
-    run = backends.resolve("decode_attention", qkv.device, k_cache.dtype, backend).load()
+    run = backends.resolve("decode_attention", qkv.device, k_cache.dtype, backend, other=qkv.dtype).load()
     scales = {} if k_scale is None else {"k_scale": k_scale, "v_scale": v_scale}
     operands = (qkv, k_cache, v_cache, prefix_bias, slots, positions, rope, n_head)
     out: torch.Tensor = run(*operands, first_slot=first_slot, position=position, **scales)
@@ -222,13 +222,15 @@ def _cpu(
     rope: torch.Tensor,
     n_head: int,
     *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     first_slot: int | None = None,
     position: int | None = None,
 ) -> torch.Tensor:
     """Compiled. A row's bits depend on that row and its slot's cache only, whatever the batch and the threads.
 
     Raises:
-        ValueError: the head is larger than 256, or the caches' strides differ.
+        ValueError: the head is larger than 256, or the strides of keys and values, or of their scales, differ.
         IndexError: a slot or position does not exist; nothing was written.
     """
     _, n_kv_head, _, head_dim = k_cache.shape
@@ -239,8 +241,9 @@ def _cpu(
     num_entries = min(k_cache.shape[2], 1 + rope.shape[0])
     native.cpu_kernels().decode_attention_cpu(
         qkv.data_ptr(), _DTYPES[qkv.dtype], qkv.stride(0), rows, n_head, n_kv_head, head_dim, k_cache.data_ptr(),
-        v_cache.data_ptr(), k_cache.shape[0], num_entries, *k_cache.stride()[:3], prefix_bias.data_ptr(),
-        slots.data_ptr(), positions.data_ptr(), rope.data_ptr(), out.data_ptr(),
+        v_cache.data_ptr(), k_cache.shape[0], num_entries, *k_cache.stride()[:3],
+        *decode_attention_cuda.scale_operands(k_scale, v_scale), prefix_bias.data_ptr(), slots.data_ptr(),
+        positions.data_ptr(), rope.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -252,7 +255,7 @@ backends.register(
     "cpu",
     lambda: _cpu,
     devices=frozenset({"cpu"}),
-    dtypes=frozenset(_DTYPES),
+    dtypes=frozenset(_DTYPES) | {FP8},
     unavailable=lambda: native.unavailable("decode_attention_cpu"),
 )
 backends.register(

@@ -9,7 +9,7 @@ import torch
 
 from gear_engine.ops import native
 
-__all__ = ["DTYPES", "MAX_HEAD_DIM", "check_caches", "num_splits", "run"]
+__all__ = ["DTYPES", "MAX_HEAD_DIM", "check_caches", "num_splits", "run", "scale_operands"]
 
 #: What the kernel calls the dtypes of a cache; all but the last are also those of its operands.
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
@@ -46,6 +46,19 @@ def check_caches(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
         raise ValueError(f"head size {head_dim} is not a multiple of 4 up to {MAX_HEAD_DIM}")
     if k_cache.stride() != v_cache.stride():
         raise ValueError(f"k_cache and v_cache must have equal strides: {k_cache.stride()}, {v_cache.stride()}")
+
+
+def scale_operands(k_scale: torch.Tensor | None, v_scale: torch.Tensor | None) -> tuple[int, int, int, int]:
+    """What the compiled kernels take of an fp8 cache's scales: both addresses, strides of slots and heads; else zeros.
+
+    Raises:
+        ValueError: the strides differ.
+    """
+    if k_scale is None or v_scale is None:
+        return 0, 0, 0, 0
+    if k_scale.stride() != v_scale.stride():
+        raise ValueError(f"k_scale and v_scale must have equal strides: {k_scale.stride()}, {v_scale.stride()}")
+    return k_scale.data_ptr(), v_scale.data_ptr(), k_scale.stride(0), k_scale.stride(1)
 
 
 def _check_words(cache: torch.Tensor, name: str) -> None:
@@ -86,11 +99,7 @@ def run(
     check_caches(k_cache, v_cache)
     _check_words(k_cache, "k_cache")
     _check_words(v_cache, "v_cache")
-    scale_strides = (0, 0)
-    if k_scale is not None and v_scale is not None:
-        if k_scale.stride() != v_scale.stride():
-            raise ValueError("k_scale and v_scale must have equal strides")
-        scale_strides = (k_scale.stride(0), k_scale.stride(1))
+    scales = scale_operands(k_scale, v_scale)
     slots, positions, rope, prefix_bias = (x.contiguous() for x in (slots, positions, rope, prefix_bias))
     rows = qkv.shape[0]
     out = qkv.new_empty(rows, n_head * head_dim)
@@ -105,8 +114,7 @@ def run(
         kernels.decode_attention_cuda(
             qkv.data_ptr(), DTYPES[qkv.dtype], qkv.stride(0), rows, n_head, n_kv_head, head_dim,
             k_cache.data_ptr(), v_cache.data_ptr(), DTYPES[k_cache.dtype], k_cache.shape[0], entries,
-            *k_cache.stride()[:3], 0 if k_scale is None else k_scale.data_ptr(),
-            0 if v_scale is None else v_scale.data_ptr(), *scale_strides, prefix_bias.data_ptr(), slots.data_ptr(),
+            *k_cache.stride()[:3], *scales, prefix_bias.data_ptr(), slots.data_ptr(),
             positions.data_ptr(), 0, rope.data_ptr(), out.data_ptr(),
             splits, 0 if stored is None else stored.data_ptr(), 0 if arrived is None else arrived.data_ptr(), stream,
         )  # fmt: skip

@@ -24,6 +24,7 @@ from typing import Protocol
 import torch
 
 from gear_engine.ops import backends, decode_attention, native, skinny_linear
+from gear_engine.ops.decode_attention import FP8
 from gear_engine.ops.skinny_linear import Weight, weight_operands
 
 __all__ = ["Block", "Cache", "Model", "ModelWords", "decode_step", "reference"]
@@ -67,6 +68,8 @@ class Cache(Protocol):
     @property
     def kv(self) -> torch.Tensor: ...
     @property
+    def scales(self) -> torch.Tensor | None: ...
+    @property
     def prefix_bias(self) -> torch.Tensor: ...
     @property
     def rope(self) -> torch.Tensor: ...
@@ -89,7 +92,7 @@ def decode_step(
     """The module's formula, checked, by the chosen backend.
 
     Args:
-        weights: contiguous tensors, or packed linear weights, of the cache's dtype and device.
+        weights: contiguous tensors, or packed linear weights, on the cache's device; of its dtype, unless that is fp8.
         cache: keys and values are written at entry 1 + t of each row's slot.
         n_head: number of query heads.
         norm_eps: epsilon of every RMSNorm.
@@ -109,7 +112,8 @@ def decode_step(
     for name, index in (("slots", slots), ("positions", positions), ("tokens", tokens)):
         if index.shape != (rows,) or index.dtype != torch.int64:
             raise ValueError(f"{name} must be int64 ({rows},)")
-    run = backends.resolve("decode_step", cache.kv.device, cache.kv.dtype, backend).load()
+    dtype = weights.tok_embeddings.dtype
+    run = backends.resolve("decode_step", cache.kv.device, dtype, backend, other=cache.kv.dtype).load()
     out: torch.Tensor = run(weights, cache, n_head, norm_eps, slots, positions, tokens)
     return out
 
@@ -128,8 +132,10 @@ def reference(
     h = weights.tok_embeddings[tokens]  # [R, dim]
     for layer, block in enumerate(weights.blocks):
         keys, values = cache.kv[layer, 0], cache.kv[layer, 1]
+        k_scale, v_scale = (None, None) if cache.scales is None else cache.scales[layer]
         qkv = linear(h, block.wqkv, norm_weight=block.attention_norm, norm_eps=norm_eps)
-        attended = attend(qkv, keys, values, cache.prefix_bias, slots, positions, cache.rope, n_head)
+        operands = (qkv, keys, values, cache.prefix_bias, slots, positions, cache.rope, n_head)
+        attended = attend(*operands, k_scale=k_scale, v_scale=v_scale)
         h = linear(attended, block.wo, residual=h)
         hidden = linear(h, block.w1, norm_weight=block.ffn_norm, norm_eps=norm_eps, gate=block.w3)
         h = linear(hidden, block.w2, residual=h)
@@ -186,15 +192,19 @@ class _Step:
 
 def _describe(weights: Model, cache: Cache, n_head: int) -> list[int]:
     """The words of ``StepModel`` and ``StepLayer`` in ``csrc/cpu/decode_step.h``."""
-    kv, dtype = cache.kv, cache.kv.dtype
+    kv, scales, dtype = cache.kv, cache.scales, weights.tok_embeddings.dtype
     vocab_size, dim = weights.tok_embeddings.shape
     strides = kv.stride()
     if strides[-1] != 1 or not cache.rope.is_contiguous():
         raise ValueError("the cache's last dimension and its RoPE table must be contiguous")
+    if kv.dtype != (dtype if scales is None else FP8):
+        raise ValueError(f"a cache of dtype {kv.dtype} goes with weights of that dtype, or is fp8 and has scales")
+    if scales is not None and (scales.shape != kv.shape[:5] or scales.dtype != torch.float16 or scales.stride(4) != 1):
+        raise ValueError(f"scales must be fp16 {tuple(kv.shape[:5])}, entries contiguous")
 
     def vector(tensor: torch.Tensor) -> int:
         if tensor.dtype != dtype or not tensor.is_contiguous():
-            raise ValueError(f"weights must be contiguous {dtype}, the cache's dtype")
+            raise ValueError(f"weights must be contiguous and of one dtype, {dtype}")
         return tensor.data_ptr()
 
     first = weights.blocks[0]
@@ -212,6 +222,7 @@ def _describe(weights: Model, cache: Cache, n_head: int) -> list[int]:
             strides[3],
             strides[4],
         ),
+        *((0,) * 5 if scales is None else (scales.data_ptr(), *scales.stride()[:4])),
         *(cache.prefix_bias.data_ptr(), cache.rope.data_ptr()),
     ]
     for block in weights.blocks:
@@ -231,6 +242,6 @@ backends.register(
     "cpu",
     _Step,
     devices=frozenset({"cpu"}),
-    dtypes=frozenset(_DTYPES),
+    dtypes=frozenset(_DTYPES) | {FP8},
     unavailable=lambda: native.unavailable("decode_step_cpu"),
 )

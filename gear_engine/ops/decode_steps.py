@@ -20,6 +20,7 @@ import math
 import torch
 
 from gear_engine.ops import backends, decode_step, native, sample_tokens
+from gear_engine.ops.decode_attention import FP8
 from gear_engine.ops.decode_step import Cache, Model, ModelWords
 from gear_engine.ops.sample_tokens import SamplingTable
 
@@ -77,7 +78,8 @@ def decode_steps(
         raise ValueError("all images must draw")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    run = backends.resolve("decode_steps", cache.kv.device, cache.kv.dtype, backend).load()
+    dtype = weights.tok_embeddings.dtype
+    run = backends.resolve("decode_steps", cache.kv.device, dtype, backend, other=cache.kv.dtype).load()
     out: tuple[int, bool] = run(
         weights, cache, n_head, norm_eps, slots, tokens, token_rows, positions, table, seeds, steps, seconds=seconds
     )
@@ -153,6 +155,6 @@ backends.register(
     "cpu",
     _Steps,
     devices=frozenset({"cpu"}),
-    dtypes=frozenset({torch.float32, torch.bfloat16}),
+    dtypes=frozenset({torch.float32, torch.bfloat16, FP8}),
     unavailable=lambda: native.unavailable("decode_steps_cpu"),
 )

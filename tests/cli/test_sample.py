@@ -216,14 +216,15 @@ def test_a_gpu_decodes_beside_the_next_rollout(
 
 
 def test_an_fp8_cache(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Reaches the engine and the record; kernels that cannot read it are named, and nothing is written."""
-    assert sample(checkpoint, tmp_path / "refused", "--cache-dtype", "fp8", "--backend", "cpu", count=1) == 2
-    assert "float8_e4m3fn" in capsys.readouterr().err
+    """Reaches the engine and the record; kernels that cannot take it are named, and nothing is written."""
+    refused = ("--cache-dtype", "fp8", "--dtype", "fp16", "--backend", "decode_attention=cpu")
+    assert sample(checkpoint, tmp_path / "refused", *refused, count=1) == 2
+    assert "not float16" in capsys.readouterr().err
     assert not (tmp_path / "refused").exists()
     assert sample(checkpoint, tmp_path, "--cache-dtype", "fp8", count=1) == 0
     (run,) = tmp_path.rglob("run.json")
     settings = json.loads(run.read_text())["settings"]
-    assert (settings["cache_dtype"], settings["backend"]["decode_attention"]) == ("fp8", "reference")
+    assert (settings["cache_dtype"], settings["backend"]["decode_attention"]) == ("fp8", "cpu")
     assert sample(checkpoint, tmp_path, count=1) == 2, "another cache is another run"
 
 

@@ -59,18 +59,35 @@ std::vector<float> linear() {
   return y;
 }
 
-std::vector<float> attention() {
+// n random numbers of a cache: fp32, or e4m3 with a scale of 0.01 for each head.
+struct CacheNumbers {
+  std::vector<float> wide;
+  std::vector<gear::float8> narrow;
+  std::vector<gear::float16> scales;
+
+  CacheNumbers(bool fp8, size_t n, size_t head_dim, unsigned seed) : wide(normal(n, seed)) {
+    if (!fp8) return;
+    for (const float x : wide) narrow.push_back(gear::from_float<gear::float8>(100 * x));
+    scales.assign(n / head_dim, gear::from_float<gear::float16>(0.01f));
+  }
+
+  void* data() { return narrow.empty() ? static_cast<void*>(wide.data()) : narrow.data(); }
+  gear::float16* scale_data() { return scales.empty() ? nullptr : scales.data(); }
+};
+
+std::vector<float> attention(bool fp8) {
   constexpr int64_t rows = 4, heads = 6, kv_heads = 2, head_dim = 20, entries = 160;
   const auto qkv = normal(rows * (heads + 2 * kv_heads) * head_dim, 6);
-  auto keys = normal(rows * kv_heads * entries * head_dim, 7), values = normal(rows * kv_heads * entries * head_dim, 8);
+  CacheNumbers keys(fp8, rows * kv_heads * entries * head_dim, head_dim, 7);
+  CacheNumbers values(fp8, rows * kv_heads * entries * head_dim, head_dim, 8);
   const auto rope = normal(entries * head_dim, 9);
   const std::vector<float> bias(rows, 0.5f);
   const std::vector<int64_t> slots{2, 0, 3, 1}, positions{0, 70, 140, 5};
   std::vector<float> out(rows * heads * head_dim);
   gear::cpu::decode_attention(qkv.data(), 0, (heads + 2 * kv_heads) * head_dim, rows, heads, kv_heads, head_dim,
                               keys.data(), values.data(), rows, entries, kv_heads * entries * head_dim,
-                              entries * head_dim, head_dim, bias.data(), slots.data(), positions.data(), rope.data(),
-                              out.data());
+                              entries * head_dim, head_dim, keys.scale_data(), values.scale_data(), kv_heads * entries,
+                              entries, bias.data(), slots.data(), positions.data(), rope.data(), out.data());
   return out;
 }
 
@@ -111,13 +128,13 @@ class Weights {
 };
 
 // Two steps of a model of two layers, then three in one call; fp32 activations.
-std::vector<float> step(gear::WeightKind kind) {
+std::vector<float> step(gear::WeightKind kind, bool fp8 = false) {
   constexpr int64_t layers = 2, dim = 64, ffn = 96, vocab = 203, heads = 4, kv_heads = 2, head_dim = 16;
   constexpr int64_t slots = 4, entries = 24, rows = 3;
   constexpr int64_t slot_stride = kv_heads * entries * head_dim, values_at = slots * slot_stride;
   const auto embeddings = normal(vocab * dim, 10), rope = normal(entries * head_dim, 11);
   const std::vector<float> ones(dim, 1.0f), bias(slots, 0.5f);
-  auto kv = normal(layers * 2 * values_at, 12);
+  CacheNumbers kv(fp8, layers * 2 * values_at, head_dim, 12);
   Weights weights(kind);
   const gear::StepModel model{layers,
                               dim,
@@ -137,6 +154,11 @@ std::vector<float> step(gear::WeightKind kind) {
                               slot_stride,
                               entries * head_dim,
                               head_dim,
+                              kv.scale_data(),
+                              2 * values_at / head_dim,
+                              values_at / head_dim,
+                              slot_stride / head_dim,
+                              entries,
                               bias.data(),
                               rope.data()};
   std::vector<int64_t> words(sizeof model / 8 + layers * sizeof(gear::StepLayer) / 8);
@@ -272,10 +294,12 @@ int main() {
   equal &= same_from_every_thread("codebook_quantize l2", [] { return quantize(0); });
   equal &= same_from_every_thread("codebook_quantize ip", [] { return quantize(1); });
   equal &= same_from_every_thread("skinny_linear", linear);
-  equal &= same_from_every_thread("decode_attention", attention);
+  equal &= same_from_every_thread("decode_attention", [] { return attention(false); });
+  equal &= same_from_every_thread("attention, fp8 cache", [] { return attention(true); });
   equal &= same_from_every_thread("decode_steps fp32", [] { return step(gear::WeightKind::f32_rows); });
   equal &= same_from_every_thread("decode_steps bf16", [] { return step(gear::WeightKind::bf16_panels); });
   equal &= same_from_every_thread("decode_steps int8", [] { return step(gear::WeightKind::int8_panels); });
+  equal &= same_from_every_thread("steps, fp8 cache", [] { return step(gear::WeightKind::bf16_panels, true); });
   equal &= same_from_every_thread("sample_tokens noise", [] { return sampled(true); });
   equal &= same_from_every_thread("sample_tokens philox", [] { return sampled(false); });
   equal &= same_from_every_thread("philox_noise", philox);

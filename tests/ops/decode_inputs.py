@@ -7,6 +7,7 @@ import torch
 from gear_engine.config import GeneratorConfig
 from gear_engine.kv_cache import StaticKVCache
 from gear_engine.models.weights import GeneratorWeights, expected_shapes
+from gear_engine.ops.decode_attention import FP8, quantize_entries
 from gear_engine.ops.decode_step import decode_step
 
 CPU = torch.device("cpu")
@@ -19,7 +20,14 @@ FORMATS = {
     "bfloat16 packed": (torch.bfloat16, "bf16"),
     "float32, bf16 weights": (torch.float32, "bf16"),
     "bfloat16, int8 weights": (torch.bfloat16, "int8"),
+    "float32, fp8 cache": (torch.float32, None),
+    "bfloat16 packed, fp8 cache": (torch.bfloat16, "bf16"),
 }
+
+
+def cache_dtype_of(name: str) -> torch.dtype:
+    """Of a format's keys and values."""
+    return FP8 if name.endswith("fp8 cache") else FORMATS[name][0]
 
 
 def weights_of(name: str) -> GeneratorWeights:
@@ -32,26 +40,38 @@ def weights_of(name: str) -> GeneratorWeights:
     return GeneratorWeights.from_state_dict(CONFIG, state).to(CPU, dtype, kind)  # type: ignore[arg-type]
 
 
+def parts_of(cache: StaticKVCache | Sequences) -> tuple[torch.Tensor, ...]:
+    """Keys and values, those of an fp8 cache as bytes and with their scales."""
+    return (cache.kv,) if cache.scales is None else (cache.kv.view(torch.uint8), cache.scales)
+
+
 class Sequences:
-    """Rows with filled caches of their own."""
+    """Rows with filled caches of their own, of ``dtype``."""
 
     def __init__(self, count: int, dtype: torch.dtype) -> None:
         rng = torch.Generator().manual_seed(2)
         shape = StaticKVCache.shape(CONFIG, count, CONFIG.block_size)
-        self.kv = torch.randn(*shape, generator=rng).to(dtype)
-        self.kv[:, 0, :, :, 0] = 0
+        kv = torch.randn(*shape, generator=rng)
+        kv[:, 0, :, :, 0] = 0
+        self.scales: torch.Tensor | None = None
+        if dtype == FP8:
+            self.kv, self.scales = quantize_entries(kv)
+        else:
+            self.kv = kv.to(dtype)
         self.bias = torch.randn(count, generator=rng)
         self.positions = torch.randint(0, CONFIG.block_size, (count,), generator=rng)
         self.tokens = torch.randint(0, CONFIG.vocab_size, (count,), generator=rng)
 
     def cache(self, order: list[int], slots: list[int]) -> StaticKVCache:
         cache = StaticKVCache(CONFIG, max(slots) + 1, CONFIG.block_size, self.kv.dtype, CPU)
-        cache.kv[:, :, slots] = self.kv[:, :, order]
+        for here, there in zip(parts_of(cache), parts_of(self), strict=True):
+            here[:, :, slots] = there[:, :, order]
         cache.prefix_bias[slots] = self.bias[order]
         return cache
 
-    def step(self, weights: GeneratorWeights, order: list[int], slots: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, weights: GeneratorWeights, order: list[int], slots: list[int]) -> tuple[torch.Tensor, ...]:
+        """Logits, and what :func:`parts_of` the cache hold of the rows' slots afterwards."""
         cache = self.cache(order, slots)
         where = torch.tensor(slots), self.positions[order], self.tokens[order]
         logits = decode_step(weights, cache, CONFIG.n_head, CONFIG.norm_eps, *where, backend="cpu")
-        return logits, cache.kv[:, :, slots]
+        return logits, *(part[:, :, slots] for part in parts_of(cache))

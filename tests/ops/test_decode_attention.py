@@ -239,9 +239,12 @@ class TestFp8:
             op.decode_attention(case.qkv, stored[0], stored[1], *args)
         with pytest.raises(ValueError, match="fp8 cache"):
             op.decode_attention(case.qkv, case.kv[0], case.kv[1], *args, k_scale=scales[0], v_scale=scales[1])
-        with pytest.raises(GearError, match="float8_e4m3fn"):
+        spread = torch.zeros(*scales.shape, 2, dtype=torch.float16)[..., 0]
+        with pytest.raises(ValueError, match="contiguous"):
+            op.decode_attention(case.qkv, stored[0], stored[1], *args, k_scale=spread[0], v_scale=spread[1])
+        with pytest.raises(GearError, match=r"decode_attention.*not float16"):
             op.decode_attention(
-                case.qkv, stored[0], stored[1], *args, k_scale=scales[0], v_scale=scales[1], backend="cpu"
+                case.qkv.half(), stored[0], stored[1], *args, k_scale=scales[0], v_scale=scales[1], backend="cpu"
             )
 
 

@@ -9,12 +9,13 @@ import torch
 
 from gear_engine.kv_cache import StaticKVCache
 from gear_engine.ops import GeneratorOps
+from gear_engine.ops.decode_attention import FP8
 from gear_engine.ops.decode_step import decode_step
 from gear_engine.ops.decode_steps import decode_steps
 from gear_engine.ops.sample_tokens import SamplingTable, sample_tokens
 from gear_engine.request import SamplingParams
 from tests.ops.cpu_paths import PATHS, forced, threads
-from tests.ops.decode_inputs import CONFIG, CPU, FORMATS, Sequences, weights_of
+from tests.ops.decode_inputs import CONFIG, CPU, FORMATS, Sequences, cache_dtype_of, parts_of, weights_of
 
 P = SamplingParams
 SETTINGS = [P(cfg_scale=3.0, top_k=20), P(), P(cfg_scale=1.5, top_p=0.9), P(sample_logits=False), P(cfg_scale=2.0)]
@@ -26,10 +27,10 @@ STEPS = 4
 class Batch:
     """Five images at positions of their own, three of them guided, in slots and table rows out of order."""
 
-    def __init__(self, dtype: torch.dtype, settings: list[SamplingParams] | None = None) -> None:
+    def __init__(self, cache_dtype: torch.dtype, settings: list[SamplingParams] | None = None) -> None:
         rows = list(range(8))
         self.slots = torch.tensor([3, 8, 0, 5, 1, 7, 2, 4])
-        self.cache: StaticKVCache = Sequences(8, dtype).cache(rows, self.slots.tolist())
+        self.cache: StaticKVCache = Sequences(8, cache_dtype).cache(rows, self.slots.tolist())
         rng = torch.Generator().manual_seed(3)
         self.tokens = torch.randint(0, CONFIG.vocab_size, (10, CONFIG.block_size), generator=rng)
         self.token_rows = self.slots[:5].clone()
@@ -58,29 +59,30 @@ class Batch:
 
     def assert_equal(self, other: Batch) -> None:
         assert torch.equal(self.tokens, other.tokens)
-        assert torch.equal(self.cache.kv, other.cache.kv)
+        assert all(torch.equal(*pair) for pair in zip(parts_of(self.cache), parts_of(other.cache), strict=True))
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_draws_the_tokens_of_single_steps(path: str, name: str) -> None:
     weights = weights_of(name)
-    expected = Batch(weights.dtype)
+    expected = Batch(cache_dtype_of(name))
     before = expected.tokens.clone()
     with forced(path):
         with threads(1):
             expected.run_one_by_one(weights)
         assert int((expected.tokens != before).sum()) > 15
         for count in (1, 2, 5):
-            found = Batch(weights.dtype)
+            found = Batch(cache_dtype_of(name))
             with threads(count):
                 assert found.run(weights) == (STEPS, True)
             found.assert_equal(expected)
 
 
-def test_agrees_with_the_reference() -> None:
-    weights = weights_of("float32")
-    expected, found = Batch(weights.dtype), Batch(weights.dtype)
+@pytest.mark.parametrize("name", ["float32", "float32, fp8 cache"])
+def test_agrees_with_the_reference(name: str) -> None:
+    weights = weights_of(name)
+    expected, found = Batch(cache_dtype_of(name)), Batch(cache_dtype_of(name))
     assert found.run(weights) == expected.run(weights, "reference") == (STEPS, True)
     assert torch.equal(found.tokens, expected.tokens)
 
@@ -167,5 +169,6 @@ def test_there_must_be_a_step() -> None:
 
 def test_is_what_runs_where_all_parts_are_compiled() -> None:
     assert GeneratorOps.resolve(CPU, torch.bfloat16, "cpu").decode_steps is not None
+    assert GeneratorOps.resolve(CPU, torch.float32, cache_dtype=FP8).decode_steps is not None
     for op in ("skinny_linear", "decode_attention", "sample_tokens"):
         assert GeneratorOps.resolve(CPU, torch.float32, {op: "reference"}).decode_steps is None

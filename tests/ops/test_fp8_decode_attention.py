@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gear_engine.ops import decode_attention as op
 from tests.golden_weights import relative_error
+from tests.ops.cpu_paths import LEVELS, forced, threads
 
 #: Of outputs; bf16 and fp16 ones are rounded once.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
 @dataclass
@@ -52,6 +55,15 @@ class Case:
     @property
     def head_dim(self) -> int:
         return 2 * self.rope.shape[1]
+
+    def rows(self, order: list[int], slots: list[int]) -> Case:
+        """The rows ``order``, in other slots."""
+        num_slots, entry = max(slots) + 1, self.slots[order]
+        stored, scales = (torch.zeros(2, num_slots, *x.shape[2:], dtype=x.dtype) for x in (self.stored, self.scales))
+        bias = torch.zeros(num_slots)
+        stored[:, slots], scales[:, slots], bias[slots] = self.stored[:, entry], self.scales[:, entry], self.bias[entry]
+        where = torch.tensor(slots), self.positions[order]
+        return Case(self.qkv[order], stored, scales, bias, *where, self.rope, self.n_head)
 
     def run(self, backend: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Output, and copies of the cache and of its scales after the call."""
@@ -134,6 +146,56 @@ def check_inert_rows(backend: str) -> None:
     case.qkv[1] = float("nan")
     case.check(backend)
     assert not case.run(backend)[0][1].any()
+
+
+@pytest.mark.parametrize("path", LEVELS)
+class TestCpu:
+    @settings(max_examples=40, deadline=None)
+    @given(
+        rows=st.lists(
+            st.one_of(st.integers(0, 40), st.sampled_from([61, 62, 63, 64, 126, 199])), min_size=1, max_size=4
+        ),
+        head_dim=st.one_of(st.sampled_from([32, 64, 72, 100, 128, 256]), st.integers(1, 64).map(lambda i: 4 * i)),
+        groups=st.sampled_from([(1, 1), (4, 1), (2, 3), (1, 5)]),
+        dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+        seed=st.integers(0, 10**6),
+    )
+    def test_odd_shapes(
+        self, path: str, rows: list[int], head_dim: int, groups: tuple[int, int], dtype: torch.dtype, seed: int
+    ) -> None:
+        torch.manual_seed(seed)
+        case = Case.make(
+            torch.randperm(6)[: len(rows)].tolist(), rows, (groups[0] * groups[1], groups[1]), head_dim, dtype
+        )
+        with forced(path):
+            case.check("cpu")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("head_dim", [64, 100])
+    def test_bits_do_not_depend_on_batch_slot_or_threads(self, path: str, head_dim: int, dtype: torch.dtype) -> None:
+        case = Case.make(list(range(17)), torch.randint(0, 150, (17,)).tolist(), (4, 2), head_dim, dtype)
+        with forced(path):
+            with threads(1):
+                alone = [case.rows([row], [0]).run("cpu") for row in range(17)]
+            for count, rows in ((1, 17), (2, 1), (2, 8), (5, 3), (5, 17)):
+                order, slots = torch.randperm(17)[:rows].tolist(), torch.randperm(rows + 4)[:rows].tolist()
+                with threads(count):
+                    out, stored, scales = case.rows(order, slots).run("cpu")
+                assert torch.equal(out, torch.cat([alone[row][0] for row in order]))
+                assert torch.equal(stored[:, slots], torch.cat([alone[row][1][:, :1] for row in order], dim=1))
+                assert torch.equal(scales[:, slots], torch.cat([alone[row][2][:, :1] for row in order], dim=1))
+
+    def test_rounds_as_the_reference(self, path: str) -> None:
+        with forced(path):
+            check_crafted_values("cpu")
+
+    def test_numbers_that_are_none(self, path: str) -> None:
+        with forced(path):
+            check_numbers_that_are_none("cpu")
+
+    def test_inert_rows(self, path: str) -> None:
+        with forced(path):
+            check_inert_rows("cpu")
 
 
 class TestTriton:
