@@ -112,6 +112,22 @@ def test_an_absent_prefix_is_never_read_into_the_sum() -> None:
     assert torch.equal(case.run([0], [0], "cpu")[0], expected)
 
 
+@pytest.mark.parametrize("path", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("vector", [0, 2, 3])
+def test_numbers_that_are_none_reach_the_output(path: str, dtype: str, vector: int) -> None:
+    """One in a query (one of two heads), a key or a value, beside rows that do not notice."""
+    case = Case.make(2, 32, 2, 1, 90, DTYPES[dtype], 0)
+    case.positions[:] = 70
+    case.qkv[1, vector * 32 + 5] = float("nan")
+    with forced(path):
+        out = case.run([0, 1], [0, 1], "cpu")[0].view(2, 2, 32).isfinite()
+    assert out[0].all()
+    broken = {0: out[1, 0], 2: out[1], 3: out[1, :, 5]}[vector]
+    assert not broken.any()
+    assert int(out[1].sum()) == out[1].numel() - broken.numel()
+
+
 def test_slots_and_positions_are_checked_before_anything_is_written() -> None:
     case = Case.make(2, 16, 1, 1, 10, torch.float32, 0)
     before = case.keys.clone()
