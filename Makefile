@@ -19,7 +19,7 @@ PYTEST_ARGS ?=
 # Every test has one thread, so that several files run at a time; 0 is one process. A file's tests stay together, in order.
 PYTEST_WORKERS ?= logical
 
-.PHONY: all install build demo shapes test pytest lint format bench report sanitize tsan gpu-test gpu-peers clean
+.PHONY: all install build demo shapes test pytest lint format bench report sanitize tsan cuda-release gpu-test gpu-peers clean
 all: test
 
 # Makes the environment, and brings it up to date when the metadata changed.
@@ -100,6 +100,11 @@ tsan: install
 		-Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) && \
 	$$cmake --build build/tsan --target threads
 	TSAN_OPTIONS=halt_on_error=1 ./build/tsan/threads
+
+# All kernels for every architecture that a wheel ships; minutes, and no GPU needed.
+cuda-release: install
+	GEAR_CUDA=ON GEAR_CUDA_ARCHS=release GEAR_BUILD_DIR=build/cuda-release/cmake \
+		$(PY) setup.py -q build_ext --build-lib build/cuda-release/lib --build-temp build/cuda-release/tmp
 
 # On a machine with a GPU, against the $(PYTHON) that is there: no environment, no network. See docs/gpu.md.
 gpu-test:

@@ -177,9 +177,10 @@ def engine_plan(
         + num_slots * config.n_head * (1 + max_tokens) * 4,
     }
     if graphs:
-        # Buckets share the pool, so the largest one decides; every graph has its kernels: five a layer and the rest.
-        # Images of classes start by graphs of their own.
-        nodes = 5 * config.n_layer + 24
+        # Buckets share the pool, so the largest one decides; every graph has its kernels: up to seven a layer (four
+        # linear layers, two norms of their own, attention) and the rest. Images of classes start by graphs of their
+        # own.
+        nodes = 7 * config.n_layer + 24
         if config.conditioning == "class":
             nodes += 7 * config.n_layer + 48
         nodes *= len(buckets(num_slots))

@@ -23,29 +23,28 @@ BUILD = ROOT / "build" / "emulated"
 OPS = tuple(sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")))
 
 
-def _program(name: str) -> str:
+def program_path(name: str) -> str:
     beside = Path(sysconfig.get_path("scripts")) / name
     found = str(beside) if beside.exists() else shutil.which(name)
     assert found is not None, f"{name} is not installed"
     return found
 
 
-def _run(*command: str) -> None:
+def run(*command: str) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
 
 
-def _configure() -> None:
-    settings = {
-        "GEAR_CUDA": "OFF",
-        "GEAR_EMULATE_CUDA": "ON",
+def configure(folder: Path, **settings: str) -> None:
+    """CMake's build folder ``folder``, with these settings of CMakeLists.txt."""
+    settings |= {
         "CMAKE_BUILD_TYPE": "",
-        "CMAKE_MAKE_PROGRAM": _program("ninja"),
+        "CMAKE_MAKE_PROGRAM": program_path("ninja"),
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
     definitions = (f"-D{name}={value}" for name, value in settings.items())
-    _run(_program("cmake"), "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", *definitions)
+    run(program_path("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *definitions)
 
 
 @functools.cache
@@ -57,9 +56,9 @@ def build() -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
     with (BUILD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        _configure()
+        configure(BUILD, GEAR_CUDA="OFF", GEAR_EMULATE_CUDA="ON")
         targets = ("emulated", "emulated_address", "emulated_thread")
-        _run(_program("cmake"), "--build", str(BUILD), "--target", *targets)
+        run(program_path("cmake"), "--build", str(BUILD), "--target", *targets)
 
 
 def program(sanitizer: str) -> Path:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import json
+import math
 import os
 import re
 import shutil
@@ -19,9 +22,14 @@ from tests import emulation
 
 #: Architectures that CI must build, with warnings as errors (the Makefile's GEAR_CUDA_ARCHS).
 REQUIRED = {"sm_80", "sm_90a"}
+#: What GEAR_CUDA_ARCHS=release builds, beside PTX of compute_90 and compute_120.
+RELEASED = {"sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120"}
 #: Bytes of stack per thread that a kernel may use, by a part of its name; the others none. All of it is spilled
 #: registers or arrays that could not stay in registers.
 STACK_BYTES = {"sample_kernel": 128}
+#: Instructions that store or load a spilled register, likewise.
+SPILLS = {"sample_kernel": 96}
+SM_REGISTERS = 65536
 
 
 def _missing(what: str) -> None:
@@ -40,44 +48,122 @@ def _cuobjdump() -> str:
     return str(found)
 
 
-def _resources() -> dict[tuple[str, str], dict[str, int]]:
-    """(architecture, mangled kernel) -> registers, stack bytes, shared bytes …"""
+def _dump(option: str) -> str:
     if not native.module().build_info()["cuda"]:
         _missing("gear_engine was built without CUDA: no CUDA compiler was found, or GEAR_CUDA=OFF")
-    report = subprocess.run(
-        [_cuobjdump(), "--dump-resource-usage", str(native.module().__file__)],
-        capture_output=True, text=True, timeout=300, check=True,
-    ).stdout  # fmt: skip
-    found, arch, kernel = {}, "", ""
-    for line in report.splitlines():
+    command = [_cuobjdump(), option, str(native.module().__file__)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
+
+
+@functools.cache
+def _kernels() -> dict[tuple[str, str], dict[str, int]]:
+    """(architecture, mangled kernel) -> what the compiler made of it, counted in the compiled module."""
+    found: dict[tuple[str, str], dict[str, int]] = {}
+    arch = kernel = attribute = ""
+    for line in _dump("--dump-resource-usage").splitlines():
         if match := re.match(r"\s*arch = (\w+)", line):
             arch = match[1]
         elif match := re.match(r"\s*Function ([^:]+):", line):
             kernel = match[1]
         elif "REG:" in line:
-            found[arch, kernel] = {name: int(value) for name, value in re.findall(r"(\w+(?:\[\d+\])?):(\d+)", line)}
+            use = {name: int(value) for name, value in re.findall(r"(\w+(?:\[\d+\])?):(\d+)", line)}
+            found[arch, kernel] = {
+                "registers": use["REG"],
+                "stack_bytes": use["STACK"],
+                "local_bytes": use["LOCAL"],
+                "shared_bytes": use["SHARED"],
+            } | dict.fromkeys(("max_threads", "spill_stores", "spill_loads", "read_only_loads"), 0)
+    for line in _dump("--dump-elf").splitlines():
+        if match := re.match(r"\s*arch = (\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\.nv\.info\.(\w+)$", line):
+            kernel = match[1]
+        elif match := re.match(r"\s*Attribute:\s*(\w+)", line):
+            attribute = match[1]
+        elif attribute == "EIATTR_MAX_THREADS" and (match := re.match(r"\s*Value:\s*(.*)", line)):
+            found[arch, kernel]["max_threads"] = math.prod(int(size, 16) for size in match[1].split())
+    for line in _dump("--dump-sass").splitlines():
+        if match := re.match(r"\s*arch = (\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function : (\w+)", line):
+            kernel = match[1]
+        elif match := re.search(r"\s(STL|LDL|LDG)(\.[\w.]*)?\s", line):
+            kind = {"STL": "spill_stores", "LDL": "spill_loads", "LDG": "read_only_loads"}[match[1]]
+            found[arch, kernel][kind] += match[1] != "LDG" or ".CONSTANT" in line
     return found
 
 
+def _allowed(bounds: dict[str, int], kernel: str) -> int:
+    return max((n for part, n in bounds.items() if part in kernel), default=0)
+
+
+def _most_static_shared() -> int:
+    """``kMostStaticShared`` of platform.cuh: what a launch takes every kernel to have."""
+    source = (emulation.ROOT / "csrc" / "cuda" / "platform.cuh").read_text()
+    match = re.search(r"kMostStaticShared = (\d+) \* 1024;", source)
+    assert match is not None
+    return int(match[1]) * 1024
+
+
 def test_every_kernel_is_compiled_and_spills_little() -> None:
-    resources = _resources()
-    archs = {arch for arch, _ in resources}
+    """And has room for its threads. The numbers are left in ``build/kernels.json``."""
+    kernels = _kernels()
+    report = [{"kernel": kernel, "arch": arch, **use} for (arch, kernel), use in sorted(kernels.items())]
+    (emulation.ROOT / "build" / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")
     if os.environ.get("CI"):
-        assert archs >= REQUIRED
-    for arch in archs:
-        kernels = " ".join(kernel for found_arch, kernel in resources if found_arch == arch)
-        assert kernels
-    too_much = {
-        place: use
-        for place, use in resources.items()
-        if use["STACK"] > max((n for part, n in STACK_BYTES.items() if part in place[1]), default=0) or use["LOCAL"] > 0
-    }
-    assert not too_much, "\n".join(f"{arch} {kernel}: {use}" for (arch, kernel), use in too_much.items())
+        assert {arch for arch, _ in kernels} >= REQUIRED
+    assert kernels
+    wrong = [
+        f"{arch} {kernel}: {use}"
+        for (arch, kernel), use in kernels.items()
+        if use["stack_bytes"] > _allowed(STACK_BYTES, kernel)
+        or use["spill_stores"] + use["spill_loads"] > _allowed(SPILLS, kernel)
+        or use["local_bytes"] > 0
+        or not 0 < use["max_threads"] * use["registers"] <= SM_REGISTERS
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_static_shared_memory_is_what_launches_take_it_to_be() -> None:
+    """Static bytes count among the 48 KiB that need no asking; what takes all of a block's memory leaves it 1 KiB."""
+    for (arch, kernel), use in _kernels().items():
+        # From sm_90 on, what CUDA keeps for itself is reported too.
+        static = use["shared_bytes"] - (1024 if int(re.sub(r"\D", "", arch)) >= 90 else 0)
+        assert static <= _most_static_shared(), (arch, kernel)
+        if "narrow" in kernel:
+            assert static <= 1024, (arch, kernel)
+
+
+def test_two_blocks_of_the_narrow_kernel_have_registers_in_an_sm() -> None:
+    for (arch, kernel), use in _kernels().items():
+        if "narrow" in kernel:
+            assert 2 * use["max_threads"] * use["registers"] <= SM_REGISTERS, (arch, kernel)
+
+
+def test_nothing_is_read_through_the_read_only_cache() -> None:
+    """A kernel that starts before the one before it has ended reads memory that is still being written."""
+    assert not [place for place, use in _kernels().items() if use["read_only_loads"]]
+
+
+def test_a_release_has_code_for_every_generation(tmp_path: Path) -> None:
+    """The smallest source, by CMake as ``make cuda-release`` compiles them all."""
+    if not native.module().build_info()["cuda"]:
+        _missing("gear_engine was built without CUDA: no CUDA compiler was found, or GEAR_CUDA=OFF")
+    emulation.configure(tmp_path, GEAR_CUDA="ON", GEAR_CUDA_ARCHS="release", GEAR_WERROR="ON")
+    built = "CMakeFiles/gear_cuda.dir/csrc/cuda/sign_bits.cu.o"
+    emulation.run(emulation.program_path("cmake"), "--build", str(tmp_path), "--target", built)
+    listing = subprocess.run(
+        [_cuobjdump(), "--list-elf", "--list-ptx", str(tmp_path / built)],
+        capture_output=True, text=True, timeout=300, check=True,
+    ).stdout  # fmt: skip
+    assert set(re.findall(r"ELF file.*\.(sm_\w+)\.cubin", listing)) == RELEASED
+    # For compute capabilities 10.3, 11.0 and 12.1, which have no code of their own.
+    assert set(re.findall(r"PTX file.*\.(sm_\w+)\.ptx", listing)) == {"sm_90", "sm_120"}
 
 
 def test_the_profiled_names_are_kernels() -> None:
     """``make gpu-test`` looks for them in what the profiler prints."""
-    mangled = "\n".join({kernel for _, kernel in _resources()})
+    mangled = "\n".join({kernel for _, kernel in _kernels()})
     names = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, timeout=60, check=True).stdout
     assert [op for op, pattern in PROFILED.items() if not re.search(pattern, names)] == []
 

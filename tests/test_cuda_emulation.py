@@ -20,13 +20,46 @@ class SettingsForTests:
     count: int
 
 
-#: Per case, a file and the code in it whose next __syncthreads is left out.
-PLANTED = {
-    "codebook_quantize": ("codebook_quantize_exact.cuh", "best_of_block(Candidate mine"),
-    "decode_attention": ("decode_attention.cu", "shared.parts[warp][element] ="),
-    "sample_tokens": ("sample_tokens.cu", "double* buffer = shared_.sums"),
-    "skinny_linear": ("skinny_linear_narrow.cuh", "Phase 4"),
-}
+RACE = "ThreadSanitizer: data race"
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A barrier that is left out: the next ``barrier`` after ``code`` in ``file``, which ``case`` must miss."""
+
+    case: str
+    file: str
+    code: str
+    barrier: str = "__syncthreads();"
+    finds: str = RACE
+
+
+PLANTED = [
+    Planted("codebook_quantize", "codebook_quantize_exact.cuh", "best_of_block(Candidate mine"),
+    Planted("codebook_quantize_three_terms", "codebook_quantize_tensor.cuh", "Phase 1: this warp's rows"),
+    Planted("codebook_quantize_three_terms", "codebook_quantize_tensor.cuh", "Phase 2: all codes"),
+    Planted("decode_attention", "decode_attention.cu", "shared.parts[warp][element] ="),
+    Planted("sample_tokens", "sample_tokens.cu", "double* buffer = shared_.sums"),
+    Planted("sign_bits", "sign_bits.cu", "shared[threadIdx.x] = bits"),
+    Planted("skinny_linear_narrow", "skinny_linear_narrow.cuh", "Phase 4"),
+    Planted("skinny_linear_narrow", "skinny_linear_narrow.cuh", "wait_for_oldest(stages);", "__syncwarp();"),
+    Planted("skinny_linear_narrow", "skinny_linear_narrow.cuh", "} else {", "copy_async_wait", finds="failed: finite"),
+    Planted("skinny_linear_wide", "skinny_linear_wide.cuh", "Phase 2"),
+    Planted("skinny_linear_wide", "skinny_linear_wide.cuh", "result[token * kColumns + column] ="),
+    Planted("skinny_linear_f32_few", "skinny_linear_f32.cuh", "copy_async_wait<1>();"),
+    Planted("skinny_linear_f32_few", "skinny_linear_f32.cuh", "add_lanes(sums", "__syncwarp();"),
+    *(
+        Planted(case, file, code, "dependency_wait();", finds="ended without dependency_wait()")
+        for case, file, code in (
+            ("decode_attention", "decode_attention.cu", "dependency_launch();"),
+            ("sample_tokens", "sample_tokens.cu", "dependency_launch();"),
+            ("skinny_linear_overlap", "skinny_linear.cuh", "dependency_launch();"),
+            ("skinny_linear_overlap", "skinny_linear_narrow.cuh", "dependency_launch();"),
+            ("skinny_linear_overlap", "skinny_linear_wide.cuh", "dependency_launch();"),
+            ("skinny_linear_overlap", "skinny_linear_f32.cuh", "dependency_launch();"),
+        )
+    ),
+]
 
 
 def run(sanitizer: str, *cases: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -47,16 +80,24 @@ def test_kernels_run_clean(sanitizer: str) -> None:
     assert set(emulation.OPS) <= set(re.findall(r"^ok (\w+)$", done.stdout, re.M)), "a kernel without a case"
 
 
-@pytest.mark.parametrize("case", sorted(PLANTED))
-def test_a_missing_barrier_is_found(case: str) -> None:
-    file, code = PLANTED[case]
-    lines = (emulation.ROOT / "csrc" / "cuda" / file).read_text().splitlines()
-    start = next(number for number, line in enumerate(lines, 1) if code in line)
-    barrier = next(number for number, line in enumerate(lines, 1) if number > start and "__syncthreads();" in line)
-    done = run("thread", case, GEAR_OMIT_BARRIER=f"{file}:{barrier}")
+@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: f"{planted.file}-{planted.code}"[:60])
+def test_a_missing_barrier_is_found(planted: Planted) -> None:
+    lines = (emulation.ROOT / "csrc" / "cuda" / planted.file).read_text().splitlines()
+    start = next(number for number, line in enumerate(lines, 1) if planted.code in line)
+    barrier = next(number for number, line in enumerate(lines, 1) if number > start and planted.barrier in line)
+    done = run("thread", planted.case, GEAR_OMIT_BARRIER=f"{planted.file}:{barrier}")
     assert done.returncode != 0
-    assert "ThreadSanitizer: data race" in done.stderr
-    assert file in done.stderr
+    assert planted.finds in done.stderr
+    # A copy that nobody waits for long enough is made, and found, where it is waited for.
+    assert planted.finds != RACE or planted.file in done.stderr or "copy_async_wait" in done.stderr
+
+
+def test_every_kernel_has_a_planted_defect() -> None:
+    assert set(emulation.OPS) <= {re.split("[.]|_(narrow|wide|f32|exact|tensor)", one.file)[0] for one in PLANTED}
+    waits = [
+        path.name for path in (emulation.ROOT / "csrc/cuda").glob("*.cu*") if "  dependency_wait();" in path.read_text()
+    ]
+    assert sorted(waits) == sorted(one.file for one in PLANTED if "dependency_wait" in one.barrier)
 
 
 def test_operands_move_with_their_storage_and_back() -> None:

@@ -33,36 +33,45 @@ struct Launch {
   bool dependent = false;  // may start before the kernel before it has ended; the kernel then calls dependency_wait()
 };
 
+// Bytes of shared memory that a block has without asking, and the most that a kernel has of static ones, which count
+// among them (tests/test_cuda_build.py holds kernels to that).
+constexpr std::size_t kUnaskedShared = 48 * 1024, kMostStaticShared = 8 * 1024;
+
+constexpr bool has_to_ask_for_shared(const Launch& at) { return at.shared + kMostStaticShared > kUnaskedShared; }
+
 #ifdef GEAR_EMULATE_CUDA
 
-inline int shared_memory_limit() { return 99 * 1024; }  // of the smallest GPU since sm_80
+// Of the smallest GPU since sm_80.
+inline int shared_memory_limit() { return 99 * 1024; }
+inline int shared_memory_of_sm() { return 100 * 1024; }
 
 template <class... Parameters, class... Arguments>
 void launch(const char* name, const Launch& at, void (*kernel)(Parameters...), Arguments&&... arguments) {
-  emulation::run(at.grid, at.block, at.shared, name, [&] { kernel(static_cast<Parameters>(arguments)...); });
+  // Kernels that take all that there is leave 1 KiB for what is static.
+  const std::size_t limit = has_to_ask_for_shared(at) ? static_cast<std::size_t>(shared_memory_limit()) - 1024
+                                                      : kUnaskedShared - kMostStaticShared;
+  emulation::run(at.grid, at.block, at.shared, limit, at.dependent, name,
+                 [&] { kernel(static_cast<Parameters>(arguments)...); });
 }
 
 #else
 
-// Bytes of shared memory that a block can have.
-inline int shared_memory_limit() {
-  int device = 0, bytes = 0;
+inline int device_attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-  return bytes;
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
 }
 
-inline bool has_dependent_launch() {
-  int device = 0, major = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  return major >= 9;
-}
+// Bytes of shared memory that a block can have, and that an SM has for all of its blocks.
+inline int shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+inline int shared_memory_of_sm() { return device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor); }
+
+inline bool has_dependent_launch() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
 
 template <class... Parameters, class... Arguments>
 void launch(const char* name, const Launch& at, void (*kernel)(Parameters...), Arguments&&... arguments) {
-  // More than 48 KiB has to be asked for, per kernel.
-  if (at.shared > 48 * 1024)
+  if (has_to_ask_for_shared(at))
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(at.shared)), name);
   cudaLaunchAttribute attribute{};
   cudaLaunchConfig_t config{};

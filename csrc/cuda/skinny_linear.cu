@@ -42,7 +42,7 @@ template <class T, bool kNorm, bool kGate>
 void launch_narrow(const Call& call) {
   const Problem& p = call.problem;
   constexpr int kStage = narrow::Layout<kNorm, kGate>::stage_bytes;
-  const int stages = shared_memory_limit() >= narrow::kMostStages * kStage + 1024 ? narrow::kMostStages : 2;
+  const int stages = narrow::stages_for(shared_memory_limit(), shared_memory_of_sm(), kStage);
   const dim3 grid(blocks(p.out_features, narrow::kOutputs), blocks(p.rows, narrow::kTokens));
   launch("skinny_linear", call.at(grid, narrow::kThreads, stages * kStage), narrow::kernel<T, kNorm, kGate>, p, stages);
 }

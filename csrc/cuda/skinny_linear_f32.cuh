@@ -3,7 +3,8 @@
 // A warp owns kOutputs rows of the weight (or half as many of weight and gate each) for up to kTokens rows of x. Its
 // lanes cut k into pieces of 4: lane l sums the pieces l, l + 32, … in ascending order, and the lanes are added in a
 // fixed tree. x passes through shared memory in chunks, two deep; weights come straight from global memory, as only one
-// warp of the block reads them. The norm was applied before, by normalise_kernel.
+// warp of the block reads them; the first 4 KB of each row are asked for, into L2, before the kernel waits for the one
+// that writes x. The norm was applied before, by normalise_kernel.
 #pragma once
 
 #include "cuda/skinny_linear.cuh"
@@ -94,6 +95,10 @@ __global__ void __launch_bounds__(kThreads) kernel(Problem p) {
     const float* from = static_cast<const float*>(o < kFinal ? p.weight : p.gate);
     matrix[o] = output < p.out_features ? from + static_cast<std::int64_t>(output) * p.in_features : nullptr;
   }
+  // The start of each row, a line of 128 bytes per lane, while the kernel before this one may still be running.
+#pragma unroll
+  for (int o = 0; o < kOutputs; ++o)
+    if (matrix[o] != nullptr && lane * 32 < p.in_features) prefetch_l2(matrix[o] + lane * 32);
   dependency_launch();
   dependency_wait();
 

@@ -3,7 +3,7 @@
 // A block owns 16 outputs; its 8 warps are the 8 segments of the reduction. Each warp streams its part of the weights
 // (and of x) through stages of its own with cp.async, so the main loop has no block barrier. Weights are the tensor
 // core's 16-row operand, rows of x its 8-wide one. All stages' weights are asked for before the kernel waits for the
-// one that writes x; at in_features <= 1536 that is all that the block will read.
+// one that writes x; at in_features <= 512 per stage that is all that the block will read.
 #pragma once
 
 #include "cuda/skinny_linear.cuh"
@@ -15,7 +15,18 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kOutputs = 16;  // per block
 constexpr int kTokens = 16;   // rows of x per block
 constexpr int kGroups = kTokens / 8;
-constexpr int kMostStages = 3;
+constexpr int kBeside = 2048;  // bytes of an SM that a block takes beside its stages: static, and CUDA's own 1024
+
+constexpr int blocks_of_sm(int sm_bytes, int stage_bytes, int stages) {
+  return sm_bytes / (stages * stage_bytes + kBeside);
+}
+
+// 2 stages or 3: what keeps more of them on their way per SM, blocks times stages; 3 where that is equal. The order of
+// the sums does not follow it. Arithmetic, not a measurement: nobody has timed either on hardware.
+constexpr int stages_for(int block_bytes, int sm_bytes, int stage_bytes) {
+  if (3 * stage_bytes + kBeside / 2 > block_bytes) return 2;
+  return 3 * blocks_of_sm(sm_bytes, stage_bytes, 3) < 2 * blocks_of_sm(sm_bytes, stage_bytes, 2) ? 2 : 3;
+}
 
 template <bool kNorm, bool kGate>
 struct Layout {  // of a stage, in rows of kChunk values
@@ -26,6 +37,19 @@ struct Layout {  // of a stage, in rows of kChunk values
   static constexpr int warp_bytes = rows * kChunk * 2;
   static constexpr int stage_bytes = kWarps * warp_bytes;
 };
+
+// 227 KiB per block and 228 per SM (sm_90, sm_100); 163 and 164 (sm_80); 99 and 100 (sm_86, sm_89, sm_120).
+template <bool kNorm, bool kGate>
+constexpr bool stages_are(int at_228, int at_164, int at_100) {
+  constexpr int kStage = Layout<kNorm, kGate>::stage_bytes;
+  return stages_for(227 << 10, 228 << 10, kStage) == at_228 && stages_for(163 << 10, 164 << 10, kStage) == at_164 &&
+         stages_for(99 << 10, 100 << 10, kStage) == at_100;
+}
+// SwiGLU: two blocks per SM of sm_90. Without a gate: two of sm_90 and of sm_80.
+static_assert(stages_are<true, true>(2, 3, 2) && stages_are<false, true>(2, 3, 2));
+static_assert(stages_are<true, false>(3, 2, 2) && stages_are<false, false>(3, 2, 3));
+static_assert(blocks_of_sm(228 << 10, Layout<true, true>::stage_bytes, 2) == 2);
+static_assert(blocks_of_sm(100 << 10, Layout<true, true>::stage_bytes, 2) == 1, "two stages fit every GPU");
 
 template <class T, bool kNorm, bool kGate>
 class Warp {
@@ -136,7 +160,7 @@ __device__ inline void reduce(const Problem& p, const float* partial, int first_
 }
 
 template <class T, bool kNorm, bool kGate>
-__global__ void __launch_bounds__(kThreads) kernel(Problem p, int stages) {
+__global__ void __launch_bounds__(kThreads, 2) kernel(Problem p, int stages) {
   using At = Layout<kNorm, kGate>;
   __shared__ float scales[kTokens];
   T* memory = dynamic_shared<T>();

@@ -7,6 +7,9 @@
 #include <vector>
 
 #include "common/cuda_check.h"
+#ifdef GEAR_EMULATE_CUDA
+#include "cuda_emulation.h"
+#endif
 
 namespace gear::emulated {
 
@@ -59,5 +62,22 @@ class Device {
   std::size_t size_;
   T* data_ = nullptr;
 };
+
+// The kernel before the next one wrote this array, and had not ended when the next one started.
+template <class T>
+void arrive_late([[maybe_unused]] const Device<T>& array, [[maybe_unused]] std::size_t size) {
+#ifdef GEAR_EMULATE_CUDA
+  emulation::arrive_late(array.data(), size * sizeof(T));
+#endif
+}
+
+// Whether a kernel asked for something of its own while the one before was still running; unknown on a GPU.
+inline bool has_asked_ahead() {
+#ifdef GEAR_EMULATE_CUDA
+  return emulation::asked_ahead.exchange(0) > 0;
+#else
+  return true;
+#endif
+}
 
 }  // namespace gear::emulated

@@ -30,6 +30,7 @@ void attend(int dtype, std::int64_t splits) {
   const Device<float> bias(prefix_bias), rope_at(rope), stored(2 * heads * chunks * (d + 2));
   const Device<std::int64_t> slots({1, -1}), positions({base, 0}), counter(std::vector<std::int64_t>{position - base});
   const Device<int> arrived(std::vector<int>(2 * heads));
+  gear::emulated::arrive_late(qkv_at, qkv.size());
   cuda::decode_attention(qkv_at.data(), dtype, (heads + 2) * d, 2, heads, 1, d, cache_at.data(),
                          cache_at.data() + slots_ * entries * padded, dtype, slots_, entries, entries * padded,
                          entries * padded, padded, nullptr, nullptr, 0, 0, bias.data(), slots.data(), positions.data(),

@@ -30,6 +30,7 @@ void sample(std::int64_t n) {
   const Device<std::int64_t> uncond({3, -1, -1}), top_k({n / 2, n, n}), seeds({77, 0, 0}), positions({2, 1, 0}),
       slots({1, 0, -1}), tokens_at({-5, -5, -5}), table_at(std::vector<std::int64_t>(6, -5));
   const Device<unsigned char> greedy({0, 1, 1}), draws({1, 1, 0});  // bool
+  gear::emulated::arrive_late(logits_at, logits.size());
   cuda::sample_tokens(3, n, logits_at.data(), n, uncond.data(), scale.data(), temperature.data(), top_k.data(),
                       top_p.data(), reinterpret_cast<const bool*>(greedy.data()), nullptr, seeds.data(),
                       positions.data(), reinterpret_cast<const bool*>(draws.data()), tokens_at.data(), table_at.data(),

@@ -57,20 +57,30 @@ struct Layer {
   std::vector<T> x, weight, gate, norm, residual;
 };
 
-// The kernel's result in fp32, for the first `rows` rows of the layer's input.
+// The kernel's result in fp32, for the first `rows` rows of the layer's input. With `overlap` the input is written by
+// the kernel before, here the same layer with the unit matrix: it may still be running.
 template <class T>
-std::vector<float> run(const Layer<T>& layer, const Size& size, const Parts& parts) {
-  const std::vector<T> some(layer.x.begin(), layer.x.begin() + size.rows * size.in);
+std::vector<float> run(const Layer<T>& layer, const Size& size, const Parts& parts, bool overlap = false) {
+  std::vector<T> some(layer.x.begin(), layer.x.begin() + size.rows * size.in);
   const std::vector<T> added(layer.residual.begin(), layer.residual.begin() + size.rows * size.out);
   const Device<T> x(some), weight(layer.weight), gate(layer.gate), norm(layer.norm), residual(added);
   const Device<T> y(static_cast<std::size_t>(size.rows * size.out));
   const Device<float> wide(static_cast<std::size_t>(size.rows * size.out));
   const Device<char> workspace(gear::cuda::skinny_linear_workspace(kDtype<T>, size.rows, size.in, parts.norm));
+  std::vector<T> unit(static_cast<std::size_t>(overlap ? size.in * size.in : 0));
+  for (std::size_t i = 0; i < unit.size(); i += static_cast<std::size_t>(size.in) + 1) unit[i] = gear::from_float<T>(1);
+  const Device<T> before(some), same(unit);
+  if (overlap) {
+    gear::cuda::skinny_linear(before.data(), kDtype<T>, size.rows, size.in, size.in, nullptr, 0.0f, same.data(),
+                              nullptr, nullptr, x.data(), false, nullptr, false, nullptr);
+    gear::emulated::arrive_late(x, some.size());
+  }
   gear::cuda::skinny_linear(x.data(), kDtype<T>, size.rows, size.in, size.out, parts.norm ? norm.data() : nullptr,
                             1e-5f, weight.data(), parts.gate ? gate.data() : nullptr,
                             parts.residual ? residual.data() : nullptr,
                             parts.f32_output ? static_cast<void*>(wide.data()) : y.data(), parts.f32_output,
-                            workspace.data(), false, nullptr);
+                            workspace.data(), overlap, nullptr);
+  if (overlap) check(gear::emulated::has_asked_ahead(), "weights are asked for before the kernel waits");
   if (parts.f32_output) return wide.values();
   std::vector<float> result;
   for (const T value : y.values()) result.push_back(gear::to_float(value));
@@ -107,9 +117,9 @@ std::vector<double> expected(const Layer<T>& layer, const Size& size, const Part
 }
 
 template <class T>
-void values(const Size& size, const Parts& parts) {
+void values(const Size& size, const Parts& parts, bool overlap = false) {
   const Layer<T> layer(size);
-  const std::vector<float> found = run(layer, size, parts);
+  const std::vector<float> found = run(layer, size, parts, overlap);
   const std::vector<double> right = expected(layer, size, parts);
   double error = 0.0, largest = 0.0;
   for (std::size_t i = 0; i < found.size(); ++i) {
@@ -134,11 +144,27 @@ void bits(std::int64_t in, std::int64_t out, const Parts& parts, const std::vect
 
 }  // namespace
 
+// Inputs that the kernel before has not written yet, by every kernel, with the norm inside and before.
+GEAR_CASE(skinny_linear_overlap) {
+  values<bfloat16>({1, 24, 3}, {true, false, false}, true);
+  values<float16>({17, 24, 3}, {true, true, false}, true);
+  values<float>({1, 24, 3}, {true, false, false}, true);
+  values<float>({5, 24, 3}, {false, true, true}, true);
+}
+
+// The least that each kernel does, for planted defects.
+GEAR_CASE(skinny_linear_narrow) { values<bfloat16>({9, 600, 16}, {true, true, false}); }
+
+GEAR_CASE(skinny_linear_wide) { values<bfloat16>({17, 328, 16}, kPlain); }
+
+GEAR_CASE(skinny_linear_f32_few) { values<float>({1, 600, 16}, kPlain); }
+
 GEAR_CASE(skinny_linear) {
   values<bfloat16>({2, 72, 20}, kAll);
   values<bfloat16>({9, 100, 37}, {true, false, true});  // rows that are not multiples of 16 bytes
   values<bfloat16>({17, 136, 33}, {true, true, false});
   values<bfloat16>({35, 7, 1}, kPlain);
+  values<bfloat16>({65, 8, 5}, {true, false, true});            // a second block of rows
   values<bfloat16>({1, 600, 16}, {false, false, false, true});  // segments of two chunks, and a short one
 }
 

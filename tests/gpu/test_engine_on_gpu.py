@@ -103,6 +103,19 @@ def test_graph_eager_and_direct_are_equal_in_every_bucket(images: int, dtype: to
         assert torch.equal(drawn[0], drawn[1]), "a row's bits depend on its bucket"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forty_images_are_those_of_small_batches(dtype: torch.dtype, backend: str) -> None:
+    """80 rows with guidance, in a bucket of 128: linear layers in several blocks of rows."""
+    model, images = _model(dtype), 40
+    labels, seeds, params = [i % 10 for i in range(images)], list(range(images)), P(cfg_scale=3.0, top_k=30)
+    many = Engine(model, max_images=images, execution="graph", backend=backend)
+    few = Engine(model, max_images=4, execution="graph", backend=backend)
+    tokens = many.generate(labels, params, seeds=seeds)
+    for first in (0, 20, 36):
+        part = slice(first, first + 4)
+        assert torch.equal(few.generate(labels[part], params, seeds=seeds[part]), tokens[part])
+
+
 def test_images_join_and_leave(backend: str) -> None:
     model = _model()
     engine = Engine(model, max_images=3, execution="graph", backend=backend)

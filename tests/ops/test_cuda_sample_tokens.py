@@ -63,6 +63,13 @@ def test_a_vocabulary_beyond_the_registers(run: Run) -> None:
     assert torch.equal(run(logits, table, seeds=seeds, positions=positions), expected)
 
 
+def test_a_vocabulary_that_needs_more_shared_memory_than_the_default_with_the_static_part(run: Run) -> None:
+    vocab_size = 12100  # 48400 bytes of weights; with the block's sums more than 48 KiB
+    table = _table([SamplingParams(sample_logits=False)], vocab_size)
+    logits = torch.randn(1, vocab_size)
+    assert run(logits, table).item() == logits.argmax()
+
+
 def test_tokens_go_to_the_token_table(run: Run) -> None:
     params = [SamplingParams(), SamplingParams(sample_logits=False), SamplingParams()]
     built = _table(params, 40)

@@ -36,12 +36,15 @@ def test_matches_the_reference(emulated: Emulated, dtype: torch.dtype, rows: int
 
 @pytest.mark.parametrize(("dtype", "inner"), [(torch.bfloat16, 136), (torch.float32, 72)])
 def test_a_row_has_the_same_bits_in_every_bucket(emulated: Emulated, dtype: torch.dtype, inner: int) -> None:
-    x, weight, norm = noise(dtype, 64, inner), noise(dtype, 16, inner), noise(dtype, inner)
+    """Up to 256 rows: blocks of one row of blocks, and of several. Started early or not."""
+    x, weight, norm = noise(dtype, 256, inner), noise(dtype, 16, inner), noise(dtype, inner)
     run = emulated("skinny_linear")
     rows = run(x, weight, norm_weight=norm)
-    for start, count in ((0, 1), (5, 3), (20, 8), (40, 17)):
-        some = run(x[start : start + count], weight, norm_weight=norm)
-        assert torch.equal(some, rows[start : start + count])
+    expected = op.reference(x.double(), weight.double(), norm_weight=norm.double())
+    assert (rows.double() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+    for start, count in ((0, 1), (5, 3), (20, 8), (40, 17), (3, 65), (126, 130)):
+        some = run(x[start : start + count], weight, norm_weight=norm, overlap=count in (3, 17, 65))
+        assert torch.equal(some, rows[start : start + count]), count
 
 
 def test_fp32_results_of_narrow_operands_are_not_rounded(emulated: Emulated) -> None:

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <source_location>
 #include <utility>
 
 #include "common/host_device.h"
@@ -26,6 +27,7 @@ void copy_async(void* shared, const void* global, int valid = kBytes) {
   emulation::expect_aligned(global, kBytes);
   emulation::expect(valid >= 0 && valid <= kBytes, "copy of more bytes than its size");
   std::memset(shared, 0xff, kBytes);
+  emulation::count_ahead();
   emulation::self.open.push_back({shared, global, kBytes, valid});
 }
 inline void copy_async_commit() {
@@ -33,7 +35,8 @@ inline void copy_async_commit() {
   emulation::self.open.clear();
 }
 template <int kPending>
-void copy_async_wait() {
+void copy_async_wait(const std::source_location at = std::source_location::current()) {
+  if (emulation::is_omitted(at)) return;
   auto& groups = emulation::self.groups;
   while (groups.size() > kPending) {
     for (const emulation::Copy& copy : groups.front()) {
@@ -88,17 +91,23 @@ inline void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint
 }
 
 // ldmatrix: lane 8 m + r names row r of matrix m; every lane gets elements 2 (lane % 4) and the next of row lane / 4.
+// A lane reads its row before it meets the others: the instruction orders no memory, so that what other lanes wrote
+// there needs a barrier before.
 template <int kMatrices>
 void load_matrix(std::uint32_t (&r)[kMatrices], const void* row, bool transposed) {
-  if (emulation::self.lane < 8 * kMatrices) emulation::expect_aligned(row, 16);
-  const emulation::Words* all = emulation::exchange(emulation::to_words(row));
   const int lane = emulation::self.lane;
+  emulation::Words mine{};
+  if (lane < 8 * kMatrices) {
+    emulation::expect_aligned(row, 16);
+    std::memcpy(&mine, row, 16);
+  }
+  const emulation::Words* all = emulation::exchange(mine);
   for (int m = 0; m < kMatrices; ++m) {
     std::uint16_t pair[2];
     for (int i = 0; i < 2; ++i) {
       const int major = lane / 4, minor = lane % 4 * 2 + i;
-      const void* source = emulation::from_words<const void*>(all[8 * m + (transposed ? minor : major)]);
-      pair[i] = static_cast<const std::uint16_t*>(source)[transposed ? major : minor];
+      const int at = transposed ? major : minor;
+      pair[i] = static_cast<std::uint16_t>(all[8 * m + (transposed ? minor : major)].word[at / 2] >> (16 * (at % 2)));
     }
     r[m] = pair[0] | std::uint32_t{pair[1]} << 16;
   }
@@ -116,7 +125,7 @@ inline void barrier_sync(int id, int threads) {
   {
     const std::lock_guard<std::mutex> lock(block.mutex);
     if (!block.named[id]) {
-      block.named[id] = std::make_unique<std::barrier<>>(threads);
+      block.named[id] = std::make_unique<emulation::Barrier>(threads);
       block.named_threads[id] = threads;
     }
     emulation::expect(block.named_threads[id] == threads, "a named barrier has one number of threads");
@@ -124,8 +133,12 @@ inline void barrier_sync(int id, int threads) {
   block.named[id]->arrive_and_wait();
 }
 
-inline void prefetch_l2(const void*) {}
-inline void dependency_wait() {}
+inline void prefetch_l2(const void*) { emulation::count_ahead(); }
+inline void dependency_wait(const std::source_location at = std::source_location::current()) {
+  if (emulation::is_omitted(at)) return;
+  emulation::self.waited = true;
+  if (emulation::self.block->dependent) emulation::previous_kernel.end();
+}
 inline void dependency_launch() {}
 
 }  // namespace gear::cuda

@@ -1,12 +1,14 @@
 // Blocks, warps and threads: what each holds, what lanes exchange, and the launch that runs them.
 #pragma once
 
+#include <atomic>
 #include <barrier>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -15,8 +17,10 @@
 #include <string>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
+#include "cuda_emulation/barrier.h"
 #include "cuda_emulation/language.h"
 
 namespace gear::emulation {
@@ -42,7 +46,7 @@ struct Words {
 struct Warp {
   explicit Warp(int n) : lanes(n), barrier(n) {}
   int lanes;
-  std::barrier<> barrier;
+  Barrier barrier;
   Words exchange[2][32];
 };
 
@@ -52,7 +56,7 @@ struct FreeShared {
 };
 
 struct Block {
-  Block(int n, std::size_t shared_bytes) : threads(n), barrier(n) {
+  Block(int n, std::size_t shared_bytes, bool is_dependent) : threads(n), dependent(is_dependent), barrier(n) {
     for (int first = 0; first < n; first += 32)
       warps.push_back(std::make_unique<Warp>(n - first < 32 ? n - first : 32));
     shared.reset(new (kSharedAlignment) unsigned char[shared_bytes]);
@@ -62,11 +66,12 @@ struct Block {
   }
 
   int threads;
-  std::barrier<> barrier;
+  bool dependent;  // launched to start before the kernel before it has ended
+  Barrier barrier;
   std::vector<std::unique_ptr<Warp>> warps;
   std::unique_ptr<unsigned char[], FreeShared> shared;
   std::mutex mutex;  // of the creation of named barriers
-  std::unique_ptr<std::barrier<>> named[16];
+  std::unique_ptr<Barrier> named[16];
   int named_threads[16] = {};
   int votes[2] = {};  // of __syncthreads_count and its kin
 };
@@ -82,6 +87,7 @@ struct Thread {
   Block* block = nullptr;
   Warp* warp = nullptr;
   int lane = 0;
+  bool waited = false;                    // for the kernel before
   unsigned exchanges = 0, votes = 0;      // so far: they alternate between two buffers
   std::vector<Copy> open;                 // copies of the group that is not committed yet
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
@@ -147,6 +153,33 @@ inline int block_count(bool predicate) {
   return result;
 }
 
+// What the kernel before still has to do, if a test made it late: done when somebody waits for it.
+struct PreviousKernel {
+  std::mutex mutex;
+  std::function<void()> rest;
+
+  void end() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (rest) std::exchange(rest, nullptr)();
+  }
+};
+inline PreviousKernel previous_kernel;
+
+// Copies and prefetches that dependent kernels asked for before they waited.
+inline std::atomic<long> asked_ahead{0};
+
+inline void count_ahead() {
+  if (self.block->dependent && !self.waited) asked_ahead.fetch_add(1, std::memory_order_relaxed);
+}
+
+// What lies at `data` is there only when the next kernel has waited; until then it is NaN.
+inline void arrive_late(void* data, std::size_t bytes) {
+  std::vector<unsigned char> kept(bytes);
+  std::memcpy(kept.data(), data, bytes);
+  std::memset(data, 0xff, bytes);
+  previous_kernel.rest = [data, kept = std::move(kept)] { std::memcpy(data, kept.data(), kept.size()); };
+}
+
 inline bool is_omitted(const std::source_location& at) {
   static const char* const omitted = std::getenv("GEAR_OMIT_BARRIER");
   if (omitted == nullptr) return false;
@@ -155,17 +188,19 @@ inline bool is_omitted(const std::source_location& at) {
   return place.size() > length && place[place.size() - length - 1] == '/' && place.ends_with(omitted);
 }
 
-// Runs body() for every thread of every block.
+// Runs body() for every thread of every block; `shared_limit`: bytes of dynamic shared memory that the block can have.
 template <class Body>
-void run(dim3 grid, dim3 block, std::size_t shared, const char* name, const Body& body) {
+void run(dim3 grid, dim3 block, std::size_t shared, std::size_t shared_limit, bool dependent, const char* name,
+         const Body& body) {
   const unsigned threads = block.x * block.y * block.z;
   const std::uint64_t blocks = std::uint64_t{grid.x} * grid.y * grid.z;
-  if (threads == 0 || threads > 1024 || blocks == 0 || grid.y > 65535 || grid.z > 65535 || shared > 227 * 1024) {
+  if (threads == 0 || threads > 1024 || blocks == 0 || grid.y > 65535 || grid.z > 65535 || shared > shared_limit) {
     std::fprintf(stderr, "emulated CUDA: %s: invalid launch\n", name);
     std::abort();
   }
+  if (!dependent) previous_kernel.end();
   std::optional<Block> running;
-  const auto next_block = [&]() noexcept { running.emplace(static_cast<int>(threads), shared); };
+  const auto next_block = [&]() noexcept { running.emplace(static_cast<int>(threads), shared, dependent); };
   std::barrier gate(static_cast<std::ptrdiff_t>(threads), next_block);
   const auto worker = [&](unsigned index) {
     threadIdx = {index % block.x, index / block.x % block.y, index / block.x / block.y};
@@ -181,6 +216,7 @@ void run(dim3 grid, dim3 block, std::size_t shared, const char* name, const Body
       self.lane = static_cast<int>(index % 32);
       body();
       expect(self.open.empty() && self.groups.empty(), "ended with copies that nobody waited for");
+      expect(self.waited || !dependent, "ended without dependency_wait()");
       // Threads that have ended are not waited for.
       self.block->barrier.arrive_and_drop();
       self.warp->barrier.arrive_and_drop();
