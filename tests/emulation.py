@@ -23,28 +23,29 @@ BUILD = ROOT / "build" / "emulated"
 OPS = tuple(sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")))
 
 
-def program_path(name: str) -> str:
+def _program(name: str) -> str:
     beside = Path(sysconfig.get_path("scripts")) / name
     found = str(beside) if beside.exists() else shutil.which(name)
     assert found is not None, f"{name} is not installed"
     return found
 
 
-def run(*command: str) -> None:
+def _run(*command: str) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
 
 
-def configure(folder: Path, **settings: str) -> None:
-    """CMake's build folder ``folder``, with these settings of CMakeLists.txt."""
-    settings |= {
+def _configure() -> None:
+    settings = {
+        "GEAR_CUDA": "OFF",
+        "GEAR_EMULATE_CUDA": "ON",
         "CMAKE_BUILD_TYPE": "",
-        "CMAKE_MAKE_PROGRAM": program_path("ninja"),
+        "CMAKE_MAKE_PROGRAM": _program("ninja"),
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
     definitions = (f"-D{name}={value}" for name, value in settings.items())
-    run(program_path("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *definitions)
+    _run(_program("cmake"), "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", *definitions)
 
 
 @functools.cache
@@ -56,9 +57,9 @@ def build() -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
     with (BUILD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        configure(BUILD, GEAR_CUDA="OFF", GEAR_EMULATE_CUDA="ON")
+        _configure()
         targets = ("emulated", "emulated_address", "emulated_thread")
-        run(program_path("cmake"), "--build", str(BUILD), "--target", *targets)
+        _run(_program("cmake"), "--build", str(BUILD), "--target", *targets)
 
 
 def program(sanitizer: str) -> Path:

@@ -84,7 +84,28 @@ __global__ void sums(float* total, int* order) {
   }
 }
 
+// What a kernel sees that looks at its input too early. One thread: of two, one would read what the other's wait
+// writes.
+__global__ void early_and_late(const float* in, float* early, float* late) {
+  prefetch_l2(in);
+  *early = *in;
+  dependency_wait();
+  *late = *in;
+}
+
 }  // namespace
+
+GEAR_CASE(late_inputs) {
+  float in = 3.0f, early = 0.0f, late = 0.0f;
+  gear::emulation::asked_ahead = 0;
+  gear::emulation::arrive_late(&in, sizeof in);
+  launch("early_and_late", {1, 1, 0, nullptr, true}, early_and_late, &in, &early, &late);
+  check(early != early && late == 3.0f, "the input is there after the wait only");
+  check(gear::emulation::asked_ahead.exchange(0) == 1, "one prefetch before the wait");
+  gear::emulation::arrive_late(&in, sizeof in);
+  launch("early_and_late", {1, 1}, early_and_late, &in, &early, &late);
+  check(early == 3.0f, "a launch that is not dependent starts when the one before has ended");
+}
 
 GEAR_CASE(warp_exchanges) {
   std::vector<int> out(64);

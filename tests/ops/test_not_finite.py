@@ -39,9 +39,9 @@ def _run(op: Any, backend: str, emulated: Emulated) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton", "cuda"])
 @pytest.mark.parametrize("bad", [(NAN,), (INF,), (-INF,), (INF, -INF, NAN)])
-@pytest.mark.parametrize("vocab_size", [16, 23])
-def test_a_drawn_token_exists(emulated: Emulated, backend: str, bad: tuple[float, ...], vocab_size: int) -> None:
+def test_a_drawn_token_exists(emulated: Emulated, backend: str, bad: tuple[float, ...]) -> None:
     """One bad logit, a few, or nothing else."""
+    vocab_size = 23
     settings = [
         SamplingParams(),
         SamplingParams(top_k=3),
