@@ -10,7 +10,8 @@ For image b with conditional logits c = logits[b], in fp32 and in this order:
 5. p = softmax(l);  token = argmax p if greedy[b], otherwise argmax_v p_v / q_v;  the lowest index on ties
 
 q is exponential noise: given (``noise``), or Philox's for (seed, position) as in :mod:`gear_engine.ops.philox`.
-An image with draws[b] = false takes no part: its token is 0, whatever its logits hold.
+An image with draws[b] = false takes no part: its token is 0, whatever its logits hold. Logits that make p NaN give some
+token of [0, V), 0 in the reference: the next step looks it up before the host hears of them.
 ``torch.multinomial(p, 1)`` is step 5 with q = ``empty_like(p).exponential_(1)`` from the same generator.
 
 Source: GEAR ``models/generate.py``.
