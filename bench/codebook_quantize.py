@@ -99,8 +99,28 @@ def measure(metric: Metric, n: int, d: int, official: Path | None, rate: float, 
     return rows
 
 
+def tie_gap(metric: Metric, z: torch.Tensor, codes: torch.Tensor, others: torch.Tensor) -> float:
+    """By how much two choices of codes differ in float64, relative to |z|^2 + |e|^2 (|z| |e| for inner products).
+
+    Args:
+        z, codes, others: [n, d], a vector and the codes that were chosen for it.
+    """
+    z, codes, others = z.double(), codes.double(), others.double()
+    if metric == "inner_product":
+        scores, scale = ((z * e).sum(-1) for e in (codes, others)), z.norm(dim=-1) * codes.norm(dim=-1)
+    else:
+        if metric == "l2_normalized":
+            z, codes, others = (torch.nn.functional.normalize(rows, dim=-1) for rows in (z, codes, others))
+        scores = ((z - e).square().sum(-1) for e in (codes, others))
+        scale = z.square().sum(-1) + codes.square().sum(-1)
+    ours, theirs = scores
+    return float(((ours - theirs).abs() / scale).max()) if len(z) else 0.0
+
+
 def check(metric: Metric, d: int, vectors: int, official: Path | None, block: int = 256) -> dict[str, Any]:
     """Counts the vectors whose index differs from the official form's, over fresh random vectors.
+
+    ``largest_gap`` says how close the two codes of such a vector lie (:func:`tie_gap`): the unit of fp32 is 6e-8.
 
     The official form makes several block x K arrays; of 256 rows (16 MB) they stay in the cache and in memory that the
     allocator already has, which is most of its time.
@@ -109,11 +129,15 @@ def check(metric: Metric, d: int, vectors: int, official: Path | None, block: in
     codebook = torch.randn(CODES, d, generator=generator)
     run = official_form(official, metric, codebook) if official else lambda z: reference(z, codebook, metric)[0]
     different = done = 0
+    gap = 0.0
     while done < vectors:
         z = torch.randn(min(block, vectors - done), d, generator=generator)
-        different += int((codebook_quantize(z, codebook, metric)[0] != run(z)).sum())
+        ours, theirs = codebook_quantize(z, codebook, metric)[0], run(z)
+        other = (ours != theirs).nonzero().flatten()
+        different += len(other)
+        gap = max(gap, tie_gap(metric, z[other], codebook[ours[other]], codebook[theirs[other]]))
         done += z.shape[0]
-    return {"metric": metric, "d": d, "vectors": vectors, "different": different}
+    return {"metric": metric, "d": d, "vectors": vectors, "different": different, "largest_gap": gap}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -124,15 +148,24 @@ def main(arguments: list[str] | None = None) -> None:
         "--check-vectors", type=int, default=20000, help="vectors of each kind whose indices to compare"
     )
     parser.add_argument("--rows", type=int, nargs="+", default=[4096, 65536], help="values of N")
+    parser.add_argument(
+        "--kinds",
+        type=int,
+        nargs="+",
+        choices=range(len(KINDS)),
+        default=range(len(KINDS)),
+        help=", ".join(f"{i}: {metric} d={d}" for i, (metric, d) in enumerate(KINDS)),
+    )
     parser.add_argument("--budget", type=float, default=20.0, help="seconds per case after which no round begins")
     options = parser.parse_args(arguments)
+    kinds = [KINDS[kind] for kind in options.kinds]
     ceilings = timing.measure_ceilings()
     rate = ceilings.multiply_rate["float32"]
     print(f"read {ceilings.read_bandwidth / 1e9:.1f} GB/s, fp32 {rate / 1e9:.0f} GFLOP/s, K = {CODES}")
-    checks = [check(metric, d, options.check_vectors, options.official) for metric, d in KINDS]
+    checks = [check(metric, d, options.check_vectors, options.official) for metric, d in kinds]
     print(timing.render(checks), flush=True)
     rows: list[dict[str, Any]] = []
-    for metric, d in KINDS:
+    for metric, d in kinds:
         for n in options.rows:
             found = measure(metric, n, d, options.official, rate, options.budget)
             print("\n" + timing.render(found), flush=True)
