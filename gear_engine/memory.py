@@ -247,10 +247,12 @@ def images_that_fit(
 
 
 def decoder_bytes(config: TokenizerConfig, height: int, width: int, images: int, dtype: torch.dtype) -> int:
-    """Bytes of activations for decoding ``images`` images at once.
+    """Bytes that decoding ``images`` images at once takes, beside the weights.
 
     The largest maps are the full-size ones of the first level. Five to seven of them live at once in its residual
     blocks (block input, norm, convolution, and what the convolution packs): measured on VQ-16 and LFQ-16. The system's
-    allocator has been seen to keep almost one more.
+    allocator has been seen to keep almost one more. Small images take less than the weights that a CPU converts: the
+    spectra of the widest convolution (16 numbers for each of its products) and what is kept of others (less than 48).
     """
-    return 8 * config.ch * config.ch_mult[0] * height * width * images * dtype.itemsize
+    maps = 8 * config.ch * config.ch_mult[0] * height * width * images
+    return (maps + 64 * (config.ch * max(config.ch_mult)) ** 2) * dtype.itemsize

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from gear_engine.ops.skinny_linear import PackKind
 from gear_engine.pipeline_output import Decoding, OutputType, PipelineOutput
 from gear_engine.request import SamplingParams
 from gear_engine.text_encoders import CaptionFeatures, TextEncoder, load_text_encoder
-from gear_engine.tokenizers import Tokenizer, choose_decoder
+from gear_engine.tokenizers import Decoder, DeviceDecoder, Tokenizer, choose_decoder
 
 __all__ = ["OutputType", "Pipeline", "PipelineOutput"]
 
@@ -76,10 +75,9 @@ class Pipeline:
         self.tokenizer = tokenizer.eval()
         self.text_encoder = text_encoder
         self._options = {"dtype": dtype, "backend": backend, "weight_format": weight_format, "cache_dtype": cache_dtype}
-        self._choose_decoder = partial(choose_decoder, self.tokenizer, decode_dtype, decode_batch, backend)
+        self.max_images, self.decode_batch, self.memory_budget = max_images, decode_batch, memory_budget
+        self._decode_dtype, self._backend = decode_dtype, backend
         self._decoder = self._choose_decoder()
-        self.max_images, self.decode_batch = max_images, decode_batch
-        self.memory_budget = memory_budget
         self._engine: Engine | None = None
         self._empty_caption: CaptionFeatures | None = None
         self._trained_with: str | None = None
@@ -167,6 +165,9 @@ class Pipeline:
     def image_size(self) -> int:
         """Edge of the images in pixels."""
         return self.generator.config.grid_size * self.tokenizer.config.downsample
+
+    def _choose_decoder(self) -> Decoder | DeviceDecoder | None:
+        return choose_decoder(self.tokenizer, self._decode_dtype, self.decode_batch, self._backend)
 
     def to(self, device: torch.device | str) -> Pipeline:
         """Moves the models; the caches are built anew at the next call."""

@@ -58,8 +58,9 @@ class Convolution:
     one sums pairs in fp32, well below what rounding the operands costs.
 
     Both need the weight in an order of their own; with ``memory.keep_weights`` it is converted once, else at every
-    call, so that weights are read where they lie and nothing of them is kept. Spectra are up to four times a weight and
-    quickly made: they are never kept.
+    call, so that weights are read where they lie and nothing of them is kept. Spectra are up to sixteen times a weight
+    and quickly made: they are never kept. oneDNN's order is made for operands of one shape, so the weight is converted
+    again for those of another: what a call computes never depends on the calls before.
     """
 
     def __init__(self, conv: nn.Conv2d, memory: Memory, dtype: torch.dtype, *, phases: bool = False) -> None:
@@ -67,29 +68,31 @@ class Convolution:
         kernel = 2 if phases else conv.kernel_size[0]
         self._halo = kernel - 1
         self.out_channels = conv.out_channels * (4 if phases else 1)
-        self._kept: _Convolve | None = None
+        self._kept: tuple[torch.Size | None, _Convolve] | None = None
 
     def _convolve(self, strip: torch.Tensor, pixels: int) -> _Convolve:
         """The convolution of operands like ``strip``, a part of an image of ``pixels``, its weight converted."""
-        if self._kept is not None:
-            return self._kept
+        tile = _TILES[self._halo + 1][pixels >= _LARGE_PIXELS] if self.out_channels >= _FEWEST_CHANNELS else 0
+        bf16 = self._dtype == torch.bfloat16
+        shape = strip.shape if bf16 else None
+        if self._kept is not None and self._kept[0] == shape and (bf16 or not tile):
+            return self._kept[1]
         weight, bias = self._conv.weight.detach(), self._conv.bias
         if self._phases:
             weight = phase_weights(weight)
             bias = None if bias is None else bias.repeat(4)
         if bias is not None:
             bias = bias.detach().to(self._dtype)
-        size = weight.numel() * self._dtype.itemsize
-        tile = _TILES[self._halo + 1][pixels >= _LARGE_PIXELS] if self.out_channels >= _FEWEST_CHANNELS else 0
-        if self._dtype == torch.bfloat16:
+        if bf16:
             found = _onednn(weight.to(self._dtype), bias, strip)
         elif tile:
             return _winograd(weight, bias, tile, self._memory.arena)
         else:
             found = _short_sums(conv_rows.pack(weight), bias)
         if self._memory.keep_weights:
-            self._kept = found
-            self._memory.kept.append(size)
+            if self._kept is None:
+                self._memory.kept.append(weight.numel() * self._dtype.itemsize)
+            self._kept = shape, found
         return found
 
     def __call__(self, operand: torch.Tensor, bounds: Sequence[tuple[int, int]]) -> Iterator[_Strip]:
@@ -104,7 +107,7 @@ class Convolution:
         for first, last in bounds:
             strip = operand[first : last + halo]
             if convolve is None:
-                convolve = self._convolve(strip, operand.shape[0] * operand.shape[1])
+                convolve = self._convolve(strip, (operand.shape[0] - halo) * operand.shape[1])
             yield first, last, convolve(strip)
 
     def whole(self, operand: torch.Tensor) -> torch.Tensor:

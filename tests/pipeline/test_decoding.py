@@ -69,7 +69,7 @@ def test_decoding_overlaps_with_the_next_images(pipe: Pipeline, source: str) -> 
 
 
 def test_a_batch_that_does_not_fit_in_memory(tokenizer: Tokenizer) -> None:
-    pipe = Pipeline(make_generator(), tokenizer, max_images=1000, memory_budget=10**6)
+    pipe = Pipeline(make_generator(), tokenizer, max_images=1000, memory_budget=4 * 10**6)
     with pytest.raises(OutOfMemoryError, match="max_images"):
         pipe(1, seeds=1)
 

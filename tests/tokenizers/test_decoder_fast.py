@@ -11,7 +11,7 @@ from gear_engine.config import TOKENIZER_PRESETS
 from gear_engine.errors import BackendUnavailableError, ConfigError, InvalidRequestError
 from gear_engine.metrics import psnr
 from gear_engine.ops import native
-from gear_engine.tokenizers import Decoder, Tokenizer, build_tokenizer
+from gear_engine.tokenizers import Decoder, Tokenizer, build_tokenizer, convolution
 from gear_engine.tokenizers import canvas as canvas_module
 from gear_engine.tokenizers.decoder_fast import unavailable
 from tests.golden_weights import golden_state_dict, load_golden, relative_error
@@ -61,6 +61,38 @@ def test_an_image_does_not_depend_on_its_batch(tokenizer: Tokenizer, dtype: torc
     together = decoder.decode_code(codes)
     for index in range(3):
         assert torch.equal(decoder.decode_code(codes[index : index + 1])[0], together[index])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)])
+def test_an_image_does_not_depend_on_the_images_before(
+    tokenizer: Tokenizer, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small and large images take other tiles and other converted weights."""
+    monkeypatch.setattr(convolution, "_LARGE_PIXELS", 40)
+    small, large = _codes(tokenizer, 1, 2, 2), _codes(tokenizer, 1, 6, 5)
+    used = Decoder(tokenizer, dtype=dtype)
+    before = used.decode_code(small)
+    assert torch.equal(used.decode_code(large), Decoder(tokenizer, dtype=dtype).decode_code(large))
+    assert torch.equal(used.decode_code(small), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["VQ-16", "LFQ-16"])
+def test_an_image_does_not_depend_on_the_threads(name: str) -> None:
+    """At full width, on a grid so small that torch's 1 x 1 convolutions would share the channels out."""
+    tokenizer = build_tokenizer(TOKENIZER_PRESETS[name].replace(num_res_blocks=1))
+    tokenizer.load_state_dict(golden_state_dict(tokenizer))
+    decoder, codes = Decoder(tokenizer), _codes(tokenizer, 1, 6, 6)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(decoder.decode_code(codes))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @needs_bf16
