@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
     rate = ceilings.multiply_rate["float32"]
     print(f"read {ceilings.read_bandwidth / 1e9:.1f} GB/s, fp32 {rate / 1e9:.0f} GFLOP/s, K = {CODES}")
     checks = [check(metric, d, options.check_vectors, options.official) for metric, d in kinds]
-    print(timing.render(checks), flush=True)
+    print(timing.render([{**row, "largest_gap": f"{row['largest_gap']:.1e}"} for row in checks]), flush=True)
     rows: list[dict[str, Any]] = []
     for metric, d in kinds:
         for n in options.rows:
