@@ -1,4 +1,4 @@
-"""Whole images: labels to pixels."""
+"""Whole images: labels to pixels on the host, decoded as :class:`gear_engine.Pipeline` decodes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ from gear_engine.bench.inputs import (
 from gear_engine.bench.registry import Benchmark, Context, Implementation, Skip, Work, register
 from gear_engine.bench.suite_models import capture_of
 from gear_engine.errors import InvalidRequestError
-from gear_engine.tokenizers.images import to_uint8
+from gear_engine.pipeline_output import Decoding
+from gear_engine.tokenizers import choose_decoder, to_uint8
+
+#: Images that are decoded at a time, as a pipeline's default is; of fewer images all.
+DECODE_BATCH = 8
 
 
 def _end_to_end(params: dict[str, Any], context: Context) -> Work:
@@ -44,16 +48,21 @@ def _end_to_end(params: dict[str, Any], context: Context) -> Work:
     of_tokenizer = (params["tokenizer"], coder)
     asked = "auto" if "auto" in context.backends else None
 
-    def decode(tokens: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            return to_uint8(coder.decode_code(tokens.long(), latent))
+    batch = min(images, DECODE_BATCH)
+    decoder = choose_decoder(coder, None, batch)  # once: what it keeps is no part of a call
+
+    def decode(tokens: torch.Tensor) -> Any:
+        with torch.no_grad():
+            decoding = Decoding(coder, decoder, batch, "pil")
+            decoding.add(tokens)
+            return decoding.images(tokens)
 
     implementations, timeline, engines = [], {}, {}
     for name in names:
         engine = Engine(weights, max_images=images, dtype=dtype, backend=asked or name, weight_format=kind)
         engines[name] = engine
 
-        def call(index: int, engine: Engine = engine) -> torch.Tensor:
+        def call(index: int, engine: Engine = engine) -> Any:
             return decode(engine.generate(labels, settings, rng="philox"))
 
         def phases(engine: Engine = engine) -> list[dict[str, Any]]:
@@ -90,7 +99,7 @@ def _official(generator: Any, coder: Any, labels: list[int], total: int, setting
     def call(index: int) -> Any:
         with torch.inference_mode():
             tokens = generate.generate(model, condition, total, cfg_scale=settings.cfg_scale)
-            return (to_uint8(coder.decode_code(tokens, list(latent)).float()),)
+            return (to_uint8(coder.decode_code(tokens, list(latent)).float()).cpu(),)
 
     return call
 

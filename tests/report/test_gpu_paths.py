@@ -7,18 +7,22 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from gear_engine.bench import breakdown, inputs, suite_tokenizers
+from gear_engine import Engine
+from gear_engine.bench import breakdown, inputs, suite_tokenizers, suite_whole_images
 from gear_engine.bench.registry import Context, Implementation, select
 from gear_engine.bench.sampling import Limits, take_samples
+from gear_engine.config import GeneratorConfig
+from gear_engine.ops import native
 from gear_engine.report import facts, nvml
 from gear_engine.report.conditions import ConditionSampler, flags_between
 from gear_engine.report.html import report_html
 from gear_engine.report.record import Report, validate
 from gear_engine.report.table_csv import csv_text
-from gear_engine.tokenizers import DeviceDecoder
+from gear_engine.tokenizers import DeviceDecoder, choose_decoder, to_uint8
 from tests.report.conftest import make_record, make_row
 from tests.tokenizers.test_tokenizer import SMALL
 
@@ -220,3 +224,41 @@ def test_the_decoder_benchmark_times_what_a_gpu_decodes_with(monkeypatch: pytest
         pixels = each.call(0)
         assert (pixels.dtype, tuple(pixels.shape)) == (torch.uint8, (2, 32, 32, 3))
         assert work.check.error(pixels, expected) <= work.check.bound
+
+
+@pytest.mark.skipif(native.unavailable("decode_step_cpu") is not None, reason="needs the compiled module")
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_whole_images_are_decoded_as_a_pipeline_decodes(monkeypatch: pytest.MonkeyPatch, on_gpu: bool) -> None:
+    """One decoder, chosen as the pipeline's, for all calls; its pixels are the modules' own within a step."""
+    made = []
+
+    def choose(coder: Any, dtype: Any, batch: int) -> Any:
+        decoder = DeviceDecoder(coder, batch=batch) if on_gpu else choose_decoder(coder, dtype, batch)
+        made.append(decoder)
+        return decoder
+
+    monkeypatch.setattr(suite_whole_images, "choose_decoder", choose)
+    monkeypatch.setitem(inputs.TOKENIZER_PRESETS, "VQ-16", SMALL["vq"])
+    classes, codes = 5, SMALL["vq"].codebook_size
+    small = GeneratorConfig(dim=64, n_layer=1, n_head=2, vocab_size=codes, block_size=16, num_classes=classes)
+    monkeypatch.setattr(suite_whole_images, "generator_config", lambda model: small)
+    drawn: list[torch.Tensor] = []
+
+    class Recording(Engine):
+        def generate(self, *arguments: Any, **options: Any) -> torch.Tensor:
+            drawn.append(super().generate(*arguments, **options))
+            return drawn[-1]
+
+    monkeypatch.setattr(suite_whole_images, "Engine", Recording)
+    (case,) = select(["end_to_end"], "standard", {"images": ["3"], "dtype": ["fp32"]}, "")
+    edge = 4 * SMALL["vq"].downsample
+    work = case.benchmark.prepare({**case.params, "pixels": edge}, Context(torch.device("cpu")))
+    for _ in range(2):
+        images = work.implementations[0].call(0)
+    assert len(made) == 1
+    coder = inputs.tokenizer("VQ-16", 0, torch.device("cpu"))
+    expected = to_uint8(coder.decode(coder.lookup(drawn[-1].long(), coder.latent_shape(3, edge, edge))))
+    pixels = torch.stack([torch.from_numpy(np.array(image)) for image in images])
+    assert tuple(pixels.shape) == (3, edge, edge, 3)
+    assert int((pixels.int() - expected.int()).abs().max()) <= 1
+    assert [phase["name"] for phase in work.timeline[work.implementations[0].name]()][-1] == "image decoder"
