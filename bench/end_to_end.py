@@ -36,7 +36,8 @@ from gear_engine.bench import peak_memory, timing
 from gear_engine.bench.decoder import fill
 from gear_engine.bench.inputs import generator_config, generator_weights, official_tokenizer
 from gear_engine.bench.registry import Context, Skip
-from gear_engine.bench.rollout import CFG_SCALE, official_rollout
+from gear_engine.bench.rollout import official_rollout
+from gear_engine.bench.step_costs import CFG_SCALE
 from gear_engine.config import TOKENIZER_PRESETS, GeneratorConfig, TokenizerConfig
 from gear_engine.metrics import psnr
 from gear_engine.models.weights import GeneratorWeights

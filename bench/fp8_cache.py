@@ -19,7 +19,8 @@ import torch
 from gear_engine import Engine, SamplingParams
 from gear_engine.bench import timing
 from gear_engine.bench.inputs import generator_config, generator_weights
-from gear_engine.bench.rollout import CFG_SCALE, quality
+from gear_engine.bench.rollout import quality
+from gear_engine.bench.step_costs import CFG_SCALE
 from gear_engine.kv_cache import StaticKVCache
 from gear_engine.models.weights import GeneratorWeights
 

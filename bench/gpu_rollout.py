@@ -33,7 +33,8 @@ import torch
 from gear_engine import Engine, SamplingParams
 from gear_engine.bench import timing
 from gear_engine.bench.inputs import generator_config, generator_weights
-from gear_engine.bench.rollout import CFG_SCALE, official_rollout, step_bytes
+from gear_engine.bench.rollout import official_rollout
+from gear_engine.bench.step_costs import CFG_SCALE, step_bytes
 from gear_engine.config import GeneratorConfig
 from gear_engine.errors import OutOfMemoryError
 from gear_engine.ops import backends

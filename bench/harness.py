@@ -63,10 +63,7 @@ class _Control:
 
 def _ceilings(device: torch.device) -> dict[str, Any]:
     found = timing.measure_ceilings(device, tuple(_RATE_DTYPES.values()))
-    rates: dict[str, float] = {}
-    for name, dtype in _RATE_DTYPES.items():
-        # Narrow numbers may be widened and multiplied as the wider ones are.
-        rates[name] = max([found.multiply_rate[dtype], *rates.values()])
+    rates = {name: found.rate(dtype) for name, dtype in _RATE_DTYPES.items()}
     return {
         "bandwidth": found.read_bandwidth,
         "bandwidth_of": "torch's sum of int64: best over 256 MiB (GPU: 2 GiB), before and after, and of the controls",

@@ -6,8 +6,11 @@ Weights are random (matrices of variance 1 / in), the same on both sides; labels
 runs each contestant once: the official ``generate`` as shipped (fp32) and moved to bf16 (with ``--compiled`` also
 compiled), and gear_engine in fp32, bf16, and int8 weights with bf16 activations, all with ``rng="torch"``. Compiling
 happens before the first round and is reported on its own. ``x official`` divides the medians of the two;
-``of_read_%`` is (weights + average cache) of a step over its best time and the read bandwidth measured in the same run;
-``outside_%`` the share of our steps spent outside compiled calls (with Philox draws, which are inside).
+``of_read_%`` is (weights + average cache) of a step over its best time and the read bandwidth measured in the same run,
+``of_rate_%`` likewise the operations of its products alone over the multiply rate of the format (of a wider one, where
+torch multiplies that faster). ``outside_torch_%`` is the share of our rollouts spent outside compiled calls with the
+draws of the timed rounds, a call per step; ``outside_philox_%`` with Philox draws, many steps per call. Both are
+measured in rollouts of their own; waiting for one of torch's draws counts as outside.
 
 In fp32 the tokens must equal the official ones: images that differ are counted (near ties may; see compare_official).
 For bf16 and int8, ``kl`` is the mean divergence KL(fp32 || format) of the guided distributions and ``equal_tokens_%``
@@ -33,12 +36,10 @@ from gear_engine import Engine, SamplingParams
 from gear_engine.bench import peak_memory, timing
 from gear_engine.bench.inputs import generator_config, generator_weights, official_generator
 from gear_engine.bench.registry import Context, Skip
+from gear_engine.bench.step_costs import CFG_SCALE, RATE_DTYPES, share_outside, step_bytes, step_ops
 from gear_engine.models.condition import class_rows
 from gear_engine.models.weights import GeneratorWeights
-from gear_engine.ops import native
 from gear_engine.runner import decode_step, prefill
-
-CFG_SCALE = 4.0
 
 
 @dataclass
@@ -117,52 +118,6 @@ def official_rollout(
     return call
 
 
-def step_bytes(engine: Engine, images: int, tokens: int) -> float:
-    """Bytes that an average step must read: every linear weight once, and the rows' keys and values so far."""
-    weights = engine.weights
-    linear = weights.output.nbytes
-    for block in weights.blocks:
-        linear += sum(weight.nbytes for weight in (block.wqkv, block.wo, block.w1, block.w3, block.w2))
-    config = weights.config
-    entry = 2 * config.n_layer * config.kv_dim * engine.dtype.itemsize
-    return linear + 2 * images * entry * (tokens / 2 + 1)
-
-
-class _Clock:
-    """Seconds inside the compiled calls of a step."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return function(*arguments)
-            finally:
-                self.seconds += time.perf_counter() - start
-
-        return timed
-
-
-def share_outside(engine: Engine, labels: list[int], tokens: int) -> float:
-    """Percent of a rollout's time spent outside the compiled calls; Philox draws, which are made inside them."""
-    module = native.module()
-    clock = _Clock()
-    names = ("decode_step_cpu", "decode_steps_cpu", "sample_tokens_cpu", "skinny_linear_cpu")
-    kept = {name: getattr(module, name) for name in names}
-    try:
-        for name, function in kept.items():
-            setattr(module, name, clock.around(function))
-        start = time.perf_counter()
-        engine.generate(labels, SamplingParams(cfg_scale=CFG_SCALE), max_new_tokens=tokens)
-        total = time.perf_counter() - start
-    finally:
-        for name, function in kept.items():
-            setattr(module, name, function)
-    return 100 * (1 - clock.seconds / total)
-
-
 @torch.inference_mode()
 def guided_logits(engine: Engine, labels: list[int], drawn: torch.Tensor, cfg_scale: float = CFG_SCALE) -> torch.Tensor:
     """fp32 (T, B, V): guided logits along the given tokens (B, T)."""
@@ -222,7 +177,9 @@ def measure(case: Case, rounds: int, seed: int) -> tuple[dict[str, Samples], dic
     return samples, drawn
 
 
-def rows_of(case: Case, rounds: int, seed: int, read: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def rows_of(
+    case: Case, rounds: int, seed: int, ceilings: timing.Ceilings
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The table of one case, and what was checked."""
     case.engines["int8"].generate(case.labels, max_new_tokens=min(4, case.tokens))  # starts threads, touches memory
     samples, drawn = measure(case, rounds, seed)
@@ -244,13 +201,17 @@ def rows_of(case: Case, rounds: int, seed: int, read: float) -> tuple[list[dict[
         if name != format_:
             engine = case.engines[format_]
             reached = step_bytes(engine, images, case.tokens) / (best / 1e3)
+            multiplied = step_ops(engine.config, images, case.tokens) / (best / 1e3)
             row |= {
-                "of_read_%": 100 * reached / read,
-                "outside_%": share_outside(engine, case.labels, case.tokens),
+                "of_read_%": 100 * reached / ceilings.read_bandwidth,
+                "of_rate_%": 100 * multiplied / ceilings.rate(RATE_DTYPES[format_]),
+                "outside_torch_%": share_outside(engine, case.labels, case.tokens, "torch"),
+                "outside_philox_%": share_outside(engine, case.labels, case.tokens, "philox"),
                 **errors[format_],
             }
         else:
-            row |= {"of_read_%": None, "outside_%": None, "kl": None, "equal_tokens_%": None}
+            row |= dict.fromkeys(("of_read_%", "of_rate_%", "outside_torch_%", "outside_philox_%", "kl"))
+            row["equal_tokens_%"] = None
         rows.append(row)
     checks: dict[str, Any] = {"images": images, **({"compile_s": case.compile_seconds} if case.compile_seconds else {})}
     if "official" in drawn:
@@ -273,18 +234,18 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     config = generator_config(options.model)
     weights = generator_weights(config, options.seed, torch.device("cpu"))
-    read = timing.measure_ceilings().read_bandwidth
+    before = timing.measure_ceilings(dtypes=timing.RATE_ORDER)
     rows, checks, memory = [], [], []
     for images in options.images:
         case = Case.build(weights, images, options.tokens, options.seed, options.official, compiled=options.compiled)
-        found, checked = rows_of(case, options.rounds, options.seed, read)
-        read_again = timing.measure_ceilings().read_bandwidth
-        print(f"{options.model}, {images} images, {options.tokens} tokens, guidance {CFG_SCALE}, random weights; read "
-              f"{read / 1e9:.1f} GB/s before, {read_again / 1e9:.1f} after; ms per step")  # fmt: skip
+        found, checked = rows_of(case, options.rounds, options.seed, before)
+        after = timing.measure_ceilings(dtypes=timing.RATE_ORDER)
+        print(f"{options.model}, {images} images, {options.tokens} tokens, guidance {CFG_SCALE}, random weights\n"
+              f"before: {before}\nafter:  {after}\nms per step:")  # fmt: skip
         print(timing.render(found), f"\n{checked}\n", flush=True)
         rows += found
-        checks.append({**checked, "read_B/s_before": read, "read_B/s_after": read_again})
-        read = read_again
+        checks.append({**checked, "before": before.record(), "after": after.record()})
+        before = after
         if not options.no_memory:
             found = [peak_memory.measure(options.model, name, images, options.tokens) for name in peak_memory.FORMATS]
             print(timing.render(peak_memory.table(found)), "\n", flush=True)

@@ -26,6 +26,8 @@ __all__ = ["Ceilings", "alternate", "measure_ceilings", "provenance", "render", 
 #: GPU large enough that launching is a small share.
 _STREAM_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 _MATRIX = {"cpu": 1024, "cuda": 8192}
+#: dtypes of products, each narrower than those before it.
+RATE_ORDER = ("float32", "bfloat16", "int8")
 #: Seconds.
 _LONG_PRODUCT = 0.2
 
@@ -78,6 +80,20 @@ class Ceilings:
 
     read_bandwidth: float
     multiply_rate: Mapping[str, float]
+
+    def rate(self, dtype: str) -> float:
+        """The multiply rate of ``dtype``, or of a wider one that is faster: narrow numbers may be widened."""
+        wider = RATE_ORDER[: RATE_ORDER.index(dtype)]
+        return max(self.multiply_rate[dtype], *(self.multiply_rate.get(each, 0.0) for each in wider), 0.0)
+
+    def __str__(self) -> str:
+        rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in self.multiply_rate.items())
+        return f"read {self.read_bandwidth / 1e9:.1f} GB/s; products: {rates}"
+
+    def record(self) -> dict[str, float]:
+        """As a JSON object: ``read_B/s``, and ``<dtype>_op/s``."""
+        rates = {f"{name}_op/s": rate for name, rate in self.multiply_rate.items()}
+        return {"read_B/s": self.read_bandwidth, **rates}
 
 
 def measure_ceilings(device: torch.device | str = "cpu", dtypes: Sequence[str] = ("float32",)) -> Ceilings:
