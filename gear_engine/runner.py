@@ -58,14 +58,25 @@ class PrefixState:
         )
 
 
-def _embed(weights: GeneratorWeights, rows: PrefixRows) -> torch.Tensor:
+def _gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU in its tanh form of rows (N, dim); a row's bits follow from that row alone.
+
+    On a CPU torch's vector code and the scalar code for what is left over round differently, and where the one ends and
+    the other begins follows the number of rows and threads: rows go one by one there.
+    """
+    if x.device.type != "cpu":
+        return F.gelu(x, approximate="tanh")
+    return torch.stack([F.gelu(row, approximate="tanh") for row in x.unbind()])
+
+
+def _embed(weights: GeneratorWeights, ops: GeneratorOps, rows: PrefixRows) -> torch.Tensor:
     """Prefix rows (N, dim): a label's embedding, or a caption's state through the caption MLP."""
     if weights.label_table is not None:
         return weights.label_table[rows.inputs]
     if weights.cap_fc1 is None or weights.cap_fc2 is None:
         raise ValueError("weights hold neither a label table nor a caption MLP")
-    x = F.linear(rows.inputs.to(weights.dtype), weights.cap_fc1)
-    return F.linear(F.gelu(x, approximate="tanh"), weights.cap_fc2)
+    hidden = ops.skinny_linear(rows.inputs.to(weights.dtype), weights.cap_fc1)
+    return ops.skinny_linear(_gelu(hidden), weights.cap_fc2)
 
 
 def _values(
@@ -120,7 +131,7 @@ def encode_prefix(weights: GeneratorWeights, ops: GeneratorOps, rows: PrefixRows
     """Runs prefix rows through the model: only the value projection of attention is needed for them."""
     config = weights.config
     eps = config.norm_eps
-    h = _embed(weights, rows)  # [N, dim]
+    h = _embed(weights, ops, rows)  # [N, dim]
     means = []
     for layer, block in enumerate(weights.blocks):
         text = _text_stream(block)
