@@ -12,6 +12,10 @@ are made bytes on both sides. With fewer ``--tokens`` than a grid has, zeros fil
 A CPU without bf16 convolutions decodes with the official code in bf16 six times as slowly as in fp32: there that
 contestant is left out, and a line says so.
 
+``of_floor_%`` divides the least time that the machine's limits allow, measured in the same run, by our fastest round:
+per step the larger of its bytes over the read bandwidth and its products over the multiply rate, and the decoder's
+products over that of its dtype (as direct convolutions count them; Winograd needs fewer).
+
 ``x official`` divides the medians of the two, ``x best`` the fastest rounds, ``x processor`` the least processor times.
 Checks: images whose fp32 tokens equal the official ones and the largest difference of their bytes; the decoders' PSNR
 on the official tokens, the least over the images, against the official decoder. Peak memory of ours is taken in
@@ -26,18 +30,19 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gear_engine import Engine, SamplingParams
-from gear_engine.bench import peak_memory, timing
+from gear_engine.bench import counts, peak_memory, timing
 from gear_engine.bench.decoder import fill
 from gear_engine.bench.inputs import generator_config, generator_weights, official_tokenizer
 from gear_engine.bench.registry import Context, Skip
 from gear_engine.bench.rollout import official_rollout
-from gear_engine.bench.step_costs import CFG_SCALE
+from gear_engine.bench.step_costs import CFG_SCALE, RATE_DTYPES, step_bytes, step_ops
 from gear_engine.config import TOKENIZER_PRESETS, GeneratorConfig, TokenizerConfig
 from gear_engine.metrics import psnr
 from gear_engine.models.weights import GeneratorWeights
@@ -56,6 +61,8 @@ class Contestant:
     draw: Callable[[], torch.Tensor]
     decode: Decode
     to_bytes: Callable[[torch.Tensor], torch.Tensor]
+    #: Seconds that the machine's limits allow at best; None: not counted.
+    floor: Callable[[timing.Ceilings], float] | None = None
 
 
 @dataclass
@@ -114,8 +121,20 @@ def contestants(
             lambda engine=engine: engine.generate(labels, params, rng="torch", max_new_tokens=tokens),  # type: ignore[misc]
             lambda codes, decoder=decoder: decoder.decode_code(codes, shape),  # type: ignore[misc]
             to_uint8,
+            partial(_floor, engine, tokenizer.config, name, len(labels), tokens),
         )
     return found
+
+
+def _floor(
+    engine: Engine, tokenizer: TokenizerConfig, name: str, images: int, tokens: int, ceilings: timing.Ceilings
+) -> float:
+    """Seconds of the steps and the decoder of format ``name``, if nothing but bandwidth and multiply rate took time."""
+    moved = step_bytes(engine, images, tokens) / ceilings.read_bandwidth
+    multiplied = step_ops(engine.config, images, tokens) / ceilings.rate(RATE_DTYPES[name])
+    pixels = engine.config.grid_size * tokenizer.downsample
+    decoder_rate = ceilings.rate(str(peak_memory.decode_dtype(name)).removeprefix("torch."))
+    return tokens * max(moved, multiplied) + counts.decoder(tokenizer, images, pixels, pixels).ops / decoder_rate
 
 
 def _official_decoder(checkout: Path, tokenizer: Tokenizer) -> Any:
@@ -211,7 +230,7 @@ def rows_of(results: dict[str, Result], images: int) -> list[dict[str, Any]]:
 
 def run_case(
     generator: GeneratorConfig, tokenizer: TokenizerConfig, images: int, tokens: int, rounds: int, seed: int,
-    checkout: Path | None, *, compiled: bool = False,
+    checkout: Path | None, ceilings: timing.Ceilings, *, compiled: bool = False,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
     """Rows and checks of one number of images."""
     weights = generator_weights(generator, seed, torch.device("cpu"))
@@ -223,7 +242,11 @@ def run_case(
     compile_s = warm_up(calls, generator.block_size, images)
     results = measure(calls, generator.block_size, rounds, seed)
     checked = check(calls, results, generator.block_size)
-    return rows_of(results, images), {**checked, "compile_s": compile_s}
+    rows = rows_of(results, images)
+    for row in rows:
+        floor = calls[row["what"]].floor
+        row["of_floor_%"] = None if floor is None else 100 * floor(ceilings) / row["best_s"]
+    return rows, {**checked, "compile_s": compile_s}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -242,9 +265,12 @@ def main(arguments: list[str] | None = None) -> int:
     config, coder = generator_config(options.model), TOKENIZER_PRESETS[options.tokenizer]
     tokens = options.tokens or config.block_size
     rows, checks, memory = [], [], []
+    ceilings = timing.measure_ceilings(dtypes=timing.RATE_ORDER)
+    print(ceilings, flush=True)
     for images in options.images:
         found, checked = run_case(
-            config, coder, images, tokens, options.rounds, options.seed, options.official, compiled=options.compiled
+            *(config, coder, images, tokens, options.rounds, options.seed, options.official, ceilings),
+            compiled=options.compiled,
         )
         print(f"{options.model} and {options.tokenizer}, {images} images, {tokens} tokens, guidance {CFG_SCALE}")
         print(timing.render(found), f"\n{checked}\n", flush=True)
@@ -259,7 +285,8 @@ def main(arguments: list[str] | None = None) -> int:
             memory += peaks
     if options.json:
         settings = {"model": options.model, "tokenizer": options.tokenizer, "tokens": tokens, "seed": options.seed}
-        record = {"settings": {**settings, "cfg_scale": CFG_SCALE}, "rows": rows, "checks": checks, "memory": memory}
+        settings |= {"cfg_scale": CFG_SCALE}
+        record = {"settings": settings, "ceilings": ceilings.record(), "rows": rows, "checks": checks, "memory": memory}
         timing.write_json(options.json, {**timing.provenance(), **record})
     return 0 if all(checked["ok"] for checked in checks) else 1
 

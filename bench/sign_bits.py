@@ -1,9 +1,12 @@
-"""Times sign_bits against torch eager: ``python -m gear_engine.bench.sign_bits``.
+"""Times sign_bits against torch eager: ``python -m gear_engine.bench.sign_bits [--json FILE]``.
 
 ``image``: channels lie apart and the vectors side by side, as an encoder leaves one image.
 """
 
 from __future__ import annotations
+
+import argparse
+from pathlib import Path
 
 import torch
 
@@ -11,8 +14,12 @@ from gear_engine.bench import timing
 from gear_engine.ops.sign_bits import reference, sign_bits
 
 
-def main() -> None:
-    bandwidth = timing.measure_ceilings().read_bandwidth
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m gear_engine.bench.sign_bits", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the record to this file")
+    options = parser.parse_args(arguments)
+    ceilings = timing.measure_ceilings()
+    bandwidth = ceilings.read_bandwidth
     rows = []
     for n, width, groups, layout in (
         (4096, 14, 1, "rows"),
@@ -33,6 +40,8 @@ def main() -> None:
                 {"N": n, "D": width, "groups": groups, "layout": layout, "what": name, **row, "of_bandwidth_%": share}
             )
     print(timing.render(rows))
+    if options.json:
+        timing.write_json(options.json, {**timing.provenance(), "ceilings": ceilings.record(), "rows": rows})
 
 
 if __name__ == "__main__":

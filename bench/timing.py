@@ -117,11 +117,12 @@ def _shortest(call: Callable[[], Any], device: torch.device) -> float:
 def _multiply_rate(device: torch.device, dtype: str) -> float:
     """Operations per second of a square product in ``dtype``.
 
-    A small one is tried first: where a CPU has no instructions for the dtype, a large one takes seconds.
+    A small one is tried first: where a CPU has no instructions for the dtype, a large one takes seconds. fp32 has them,
+    and a busy machine may stretch a small product a hundred times.
     """
     rate = 0.0
     for edge in (_MATRIX[device.type] // 8, _MATRIX[device.type]):
-        if rate and 2.0 * edge**3 / rate > _LONG_PRODUCT:
+        if dtype != "float32" and rate and 2.0 * edge**3 / rate > _LONG_PRODUCT:
             break
         if dtype == "int8":
             matrix = torch.randint(-127, 128, (edge, edge), dtype=torch.int8, device=device)

@@ -7,15 +7,17 @@ import mmap
 import pytest
 import torch
 
-from gear_engine.bench import peak_memory
+from gear_engine.bench import counts, peak_memory
 from gear_engine.bench.end_to_end import Result, check, contestants, measure, rows_of, run_case
 from gear_engine.bench.inputs import generator_weights
+from gear_engine.bench.timing import Ceilings
 from gear_engine.config import GeneratorConfig, TokenizerConfig
 from gear_engine.ops import native
 from gear_engine.tokenizers import build_tokenizer, decoder_fast
 
 GENERATOR = GeneratorConfig(dim=64, n_layer=1, n_head=2, vocab_size=97, block_size=16, num_classes=5)
 TOKENIZER = TokenizerConfig(family="vq", codebook_size=97, z_channels=32, ch=32, ch_mult=(1, 2), downsample=2)
+CEILINGS = Ceilings(1e10, {"float32": 2e10, "bfloat16": 1e10, "int8": 4e10})
 pytestmark = pytest.mark.skipif(
     native.unavailable("decode_step_cpu") is not None or decoder_fast.unavailable() is not None,
     reason="needs the compiled module",
@@ -24,13 +26,14 @@ has_bf16 = decoder_fast.unavailable(torch.bfloat16) is None
 
 
 def test_rows_of_a_whole_job() -> None:
-    rows, checks = run_case(GENERATOR, TOKENIZER, 3, 10, 2, 0, None)
+    rows, checks = run_case(GENERATOR, TOKENIZER, 3, 10, 2, 0, None, CEILINGS)
     assert [row["what"] for row in rows] == ["gear_engine fp32", "gear_engine bf16", "gear_engine int8"]
     for row in rows:
         assert row["images"] == 3
         assert row["runs"] == 2
         assert 0 < row["tokens_s"] < row["median_s"]
         assert row["best_s"] <= row["median_s"]
+        assert row["of_floor_%"] > 0
     assert checks["baseline"] == "gear_engine fp32"
     assert checks["equal_images"] == 3
     assert checks["largest_byte_difference"] == 0
@@ -59,6 +62,26 @@ def test_other_tokens_and_other_pixels_are_found() -> None:
     assert not found["ok"]
     row = next(row for row in rows_of(results, 2) if row["what"] == "gear_engine fp32")
     assert row["x official"] == pytest.approx(1 / row["median_s"])
+
+
+def test_the_floor_is_bytes_or_products_and_the_decoder() -> None:
+    weights = generator_weights(GENERATOR, 0, torch.device("cpu"))
+    tokenizer = build_tokenizer(TOKENIZER).eval().requires_grad_(False)
+    floor = contestants(weights, tokenizer, [1, 2], 16, None)["gear_engine fp32"].floor
+    assert floor is not None
+    decoder = counts.decoder(TOKENIZER, 2, 8, 8).ops
+    block = weights.blocks[0]
+    matrices = (weights.output, block.wqkv, block.wo, block.w1, block.w3, block.w2)
+    linear = sum(matrix.nbytes // 4 for matrix in matrices)
+    limits = {"fast": 1e30, "slow": 1.0}
+    at = {
+        (read, rate): floor(Ceilings(limits[read], {"float32": limits[rate]}))
+        for read, rate in (("slow", "fast"), ("fast", "slow"))
+    }
+    cache = 2 * 2 * 2 * GENERATOR.kv_dim * 4 * (16 / 2 + 1)
+    assert at["slow", "fast"] == pytest.approx(16 * (4 * linear + cache), rel=1e-6)
+    scores = 4 * GENERATOR.n_head * GENERATOR.head_dim * (16 / 2 + 1)
+    assert at["fast", "slow"] == pytest.approx(16 * 4 * (2 * linear + scores) + decoder, rel=1e-6)
 
 
 def test_peak_memory_sees_what_is_held() -> None:
