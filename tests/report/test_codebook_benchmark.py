@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from gear_engine.bench import codebook_quantize as bench
+from gear_engine.bench import quantize_memory
+from gear_engine.ops import native
 from gear_engine.ops.codebook_quantize import Metric
 
 
@@ -32,3 +34,15 @@ def test_a_tie_has_no_gap() -> None:
     assert bench.tie_gap("l2", z, code, mirrored) == 0
     assert bench.tie_gap("inner_product", z, code, mirrored) == 0
     assert bench.tie_gap("l2", z, code, code + 1) > 0.1
+
+
+@pytest.mark.skipif(native.unavailable("codebook_quantize_cpu") is not None, reason="needs the compiled module")
+def test_the_compiled_op_makes_no_matrix_of_vectors_and_codes() -> None:
+    found = quantize_memory.measure("cpu", ("l2", "l2_normalized", "inner_product"), 20000, 16384, 8)
+    assert found["matrix"] == 4 * 20000 * 16384
+    assert found["peak"] < found["matrix"] / 20  # 4 MB of 1.3 GB on two threads
+
+
+def test_a_matrix_of_vectors_and_codes_is_seen() -> None:
+    found = quantize_memory.measure("reference", ("l2",), 500, 16384, 8)
+    assert found["peak"] > found["matrix"]
