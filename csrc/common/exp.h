@@ -1,6 +1,7 @@
 // e^x in fp32, the same bits on the host and on a GPU, and those of exp() in cpu/simd.h where the CPU has fused
 // multiply-adds: x = n ln 2 + r with |r| <= ln(2) / 2, e^r by the degree-6 minimax polynomial of Cephes' expf, ln 2 in
-// two parts. About 1 ulp for x in [-87.3, 88]; 0 below (so e^-inf = 0), e^88 above.
+// two parts. About 1 ulp for x in [-87.3, 88]; 0 below (so e^-inf = 0), e^88 above;
+// what is no number stays none.
 #pragma once
 
 #include <cmath>
@@ -12,7 +13,7 @@ namespace gear {
 
 GEAR_HD inline float exp_fp32(float x) {
   constexpr float kLowest = -87.3f;
-  const float above = x > kLowest ? x : kLowest, clamped = above < 88.0f ? above : 88.0f;
+  const float above = x >= kLowest ? x : kLowest, clamped = above < 88.0f ? above : 88.0f;
   const float n = rintf(clamped * 1.44269504088896341f);
   float r = fmaf(n, -0.693359375f, clamped);
   r = fmaf(n, 2.12194440e-4f, r);
@@ -23,7 +24,8 @@ GEAR_HD inline float exp_fp32(float x) {
   p = fmaf(p, r, 1.6666665459e-1f);
   p = fmaf(p, r, 5.0000001201e-1f);
   p = fmaf(p, r * r, r) + 1.0f;
-  return x < kLowest ? 0.0f : p * bits_float((static_cast<std::int32_t>(n) + 127) << 23);
+  const float power = p * bits_float((static_cast<std::int32_t>(n) + 127) << 23);
+  return x >= kLowest ? power : x < kLowest ? 0.0f : x;
 }
 
 }  // namespace gear

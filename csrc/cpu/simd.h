@@ -259,7 +259,8 @@ inline float max(Vec x) {
   return lanes[0];
 }
 
-// e^x to about 1 ulp for x in [-87.3, 88.7]; 0 below (so e^-inf = 0), e^88.7 above; what is no number stays none.
+// e^x to about 1 ulp for x in [-87.3, 88]; 0 below (so e^-inf = 0), e^88 above (2^128 is no scale for p); what is no
+// number stays none.
 // x = n ln 2 + r with |r| <= ln(2) / 2, e^r by the degree-6 minimax polynomial of Cephes' expf, ln 2 in two parts.
 inline Vec exp(Vec x) {
   const Vec lowest = splat(-87.3f);

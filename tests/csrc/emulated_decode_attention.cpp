@@ -95,6 +95,8 @@ void merges() {
   SoftmaxState absent{bits_float(-0x800000), 0.0f};
   const SoftmaxScales scales = merge_chunk(absent, {1.0f, 2.0f});
   check(scales.old_scale == 0.0f && scales.new_scale == 1.0f && absent.sum == 2.0f, "-inf weighs nothing");
+  const float bits[] = {bits_float(0x7fc00000), bits_float(-0x400000)};
+  for (const float none : bits) check(std::isnan(none) && std::isnan(exp_fp32(none)), "what is no number stays none");
 }
 
 void index_maps() {
