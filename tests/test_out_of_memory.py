@@ -14,9 +14,11 @@ from gear_engine.config import TOKENIZER_PRESETS
 from gear_engine.engine import Engine
 from gear_engine.errors import BackendUnavailableError, OutOfMemoryError
 from gear_engine.memory import out_of_memory_is_typed as memory_error
+from gear_engine.ops import conv_rows, native
 from gear_engine.request import ImageRequest
 from gear_engine.tokenizers import build_tokenizer
 from tests.models_for_tests import small_model
+from tests.ops.cpu_paths import threads
 
 
 class TestOutOfMemoryAtWork:
@@ -92,6 +94,23 @@ class TestOutOfMemoryAtWork:
         monkeypatch.setattr("gear_engine.kv_cache.torch.zeros", _out_of_memory)
         with pytest.raises(OutOfMemoryError, match="max_images"):
             Engine(small_model())
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_in_a_task_of_the_compiled_kernels(count: int) -> None:
+    """Room for 2^44 channels is what each task asks for before it reads or writes anything."""
+    source, weight = torch.randn(22, 20, 5), conv_rows.pack(torch.randn(3, 5, 3, 3), 4)
+    expected, again = torch.empty(20, 20, 3), torch.empty(20, 20, 3)
+    conv_rows.conv_rows(source, weight, None, expected)
+    with threads(count):
+        kernels = native.cpu_kernels()
+        for _ in range(3):
+            with pytest.raises(MemoryError):
+                kernels.winograd_rows_cpu(0, 0, 0, 0, 64, 64, 64, 2**44, 1, 1, 4)
+        with pytest.raises(OutOfMemoryError, match=r"ran out of memory \(.*\); lower"), memory_error("lower"):
+            kernels.winograd_rows_cpu(0, 0, 0, 0, 64, 64, 64, 2**44, 1, 1, 4)
+        conv_rows.conv_rows(source, weight, None, again)
+    assert torch.equal(again, expected)
 
 
 def _out_of_memory(*args: object, **kwargs: object) -> Any:

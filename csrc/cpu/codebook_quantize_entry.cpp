@@ -27,7 +27,7 @@ T larger(T a, T b) {
 template <class Body>
 void share_blocks(int64_t blocks, Body body) {
   std::atomic<int64_t> next{0};
-  parallel_for(std::min<int64_t>(blocks, num_threads()), [&](int64_t worker) noexcept {
+  parallel_for(std::min<int64_t>(blocks, num_threads()), [&](int64_t worker) {
     for (int64_t block = next++; block < blocks; block = next++) body(block, worker);
   });
 }
@@ -41,7 +41,7 @@ void quantize_fp32(const QuantizeProblem& problem, const std::vector<Rows>& rang
   const std::unique_ptr<float[]> panels(new float[static_cast<size_t>(padded_k * d)]);
   std::vector<float> bias(static_cast<size_t>(padded_k));
   std::vector<double> norms(static_cast<size_t>(padded_k / kGroup), 0.0);
-  parallel_for(padded_k / kGroup, [&](int64_t group) noexcept {
+  parallel_for(padded_k / kGroup, [&](int64_t group) {
     for (int64_t code = group * kGroup; code < (group + 1) * kGroup; code += width)
       GEAR_DISPATCH(codebook_pack_panel)(problem, code, panels.get() + code * d, bias.data() + code);
     double largest = 0;
@@ -85,7 +85,7 @@ std::vector<Rows> quantize_tiles(const QuantizeProblem& problem) {
   constexpr int64_t kPackGranules = 32;  // per task
   const int64_t tasks = (granules + kPackGranules - 1) / kPackGranules;
   std::vector<float> norms(static_cast<size_t>(tasks * 3), 0.0f);
-  parallel_for(tasks, [&](int64_t task) noexcept {
+  parallel_for(tasks, [&](int64_t task) {
     float* largest = norms.data() + task * 3;
     for (int64_t g = task * kPackGranules; g < std::min(granules, (task + 1) * kPackGranules); ++g) {
       float found[3];

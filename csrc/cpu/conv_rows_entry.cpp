@@ -16,7 +16,7 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; 
 void conv_rows_pack(const float* weight, float* packed, std::int64_t out_channels, std::int64_t in_channels, int edge) {
   const std::int64_t taps = edge * edge, chunks = ceil_div(in_channels, kConvChunk);
   const std::int64_t size = taps * kConvChunk * kConvBlock;  // one chunk of one block
-  parallel_for(ceil_div(out_channels, kConvBlock) * chunks, [&](std::int64_t task) noexcept {
+  parallel_for(ceil_div(out_channels, kConvBlock) * chunks, [&](std::int64_t task) {
     const std::int64_t first_out = task / chunks * kConvBlock, first_in = task % chunks * kConvChunk;
     float* target = packed + task * size;
     std::fill_n(target, size, 0.0f);
@@ -38,7 +38,7 @@ void conv_rows(const float* x, const float* packed, const float* bias, float* y,
   const std::int64_t blocks = ceil_div(out_channels, kConvBlock);
   const std::int64_t height = std::max<std::int64_t>(1, kTaskPixels / width), groups = ceil_div(rows, height);
   // Neighbouring tasks read the same rows.
-  parallel_for(groups * blocks, [&](std::int64_t task) noexcept {
+  parallel_for(groups * blocks, [&](std::int64_t task) {
     const std::int64_t first = task / blocks * height;
     GEAR_DISPATCH(conv_rows_tile)(call, first, std::min(rows, first + height), task % blocks);
   });
@@ -46,7 +46,7 @@ void conv_rows(const float* x, const float* packed, const float* bias, float* y,
 
 void winograd_rows_pack(const float* weight, float* packed, std::int64_t out_channels, std::int64_t in_channels,
                         int tile) {
-  parallel_for(ceil_div(out_channels, kWinogradPanel), [&](std::int64_t panel) noexcept {
+  parallel_for(ceil_div(out_channels, kWinogradPanel), [&](std::int64_t panel) {
     GEAR_DISPATCH(winograd_pack_panel)(weight, packed, out_channels, in_channels, tile, panel);
   });
 }
@@ -59,7 +59,7 @@ void winograd_rows(const float* x, const float* packed, const float* bias, float
   // Groups of tiles that are multiplied together go evenly to as few tasks as hold them, for as many threads.
   const std::int64_t groups = ceil_div(tiles, kWinogradGroup), threads = num_threads();
   const std::int64_t tasks = std::min(groups, ceil_div(ceil_div(tiles, kWinogradTiles), threads) * threads);
-  parallel_for(tasks, [&](std::int64_t task) noexcept {
+  parallel_for(tasks, [&](std::int64_t task) {
     const std::int64_t first = groups * task / tasks * kWinogradGroup;
     const std::int64_t last = groups * (task + 1) / tasks * kWinogradGroup;
     GEAR_DISPATCH(winograd_rows_tiles)(call, first, std::min(tiles, last));

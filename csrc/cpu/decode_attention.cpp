@@ -253,7 +253,7 @@ void attend_group(const DecodeAttention& call, std::int64_t row, std::int64_t kv
 }  // namespace
 
 void attend(const DecodeAttention& call) {
-  parallel_for(call.rows * call.n_kv_head, [&](std::int64_t task) noexcept {
+  parallel_for(call.rows * call.n_kv_head, [&](std::int64_t task) {
     const std::int64_t row = task / call.n_kv_head, kv_head = task % call.n_kv_head;
     const bool fp8 = call.k_scale != nullptr;
     if (call.dtype == Dtype::f32) {

@@ -26,13 +26,13 @@ void dual_readout_backward(const float* grad, const float* delta, const float* l
 
   for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
     const int64_t rows = std::min<int64_t>(n - chunk, kChunk);
-    parallel_for(blocks, [&](int64_t block) noexcept {
+    parallel_for(blocks, [&](int64_t block) {
       GEAR_DISPATCH(dual_readout_codes)
       (call, code_panels.data() + block * kCodes * d, scores ? table_panels.data() + block * kCodes * c : nullptr,
        block, chunk, chunk + rows, dz != nullptr ? scratch.data() + block * kCodes * rows : nullptr);
     });
     if (dz == nullptr) continue;
-    parallel_for((rows + kRows - 1) / kRows, [&](int64_t task) noexcept {
+    parallel_for((rows + kRows - 1) / kRows, [&](int64_t task) {
       const int64_t first = chunk + task * kRows;
       GEAR_DISPATCH(dual_readout_rows)
       (call, scratch.data(), chunk, rows, first, std::min(chunk + rows, first + kRows));

@@ -29,7 +29,7 @@ void group_norm_silu(const void* x, int x_type, void* y, int y_type, std::int64_
     }
   }
   const ScaledRows call{x, x_type, y, y_type, width, channels, scale.data(), shift.data(), silu};
-  parallel_for(rows, [&](std::int64_t row) noexcept { GEAR_DISPATCH(scale_shift_row)(call, row); });
+  parallel_for(rows, [&](std::int64_t row) { GEAR_DISPATCH(scale_shift_row)(call, row); });
 }
 
 }  // namespace gear::cpu

@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -32,6 +34,8 @@ thread_local bool inside_task = false;
 // One job at a time. `gate_` holds whether the job is open (bit 0) and how many workers are in it (the rest). A worker
 // enters by adding 2 while the gate is open; the caller closes it when no task is left and waits for the workers
 // inside. A worker that wakes late finds the gate shut and goes back to waiting: nobody waits for it.
+//
+// The first exception out of a task is kept; the caller, alone again, throws it.
 class Pool {
  public:
   explicit Pool(int n_threads) {
@@ -69,15 +73,24 @@ class Pool {
     for (int spins = 0; gate_.load(std::memory_order_acquire) != 0; ++spins) {
       spins < kSpins ? relax() : std::this_thread::yield();
     }
+    if (failed_.load(std::memory_order_relaxed)) {
+      failed_.store(false, std::memory_order_relaxed);
+      std::rethrow_exception(std::exchange(error_, nullptr));
+    }
   }
 
  private:
-  void drain() {
+  void drain() noexcept {
     inside_task = true;
-    for (;;) {
-      const std::int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
-      if (task >= n_tasks_) break;
-      function_(body_, task);
+    try {
+      for (;;) {
+        const std::int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
+        if (task >= n_tasks_) break;
+        function_(body_, task);
+      }
+    } catch (...) {
+      next_.store(n_tasks_, std::memory_order_relaxed);  // what is left of the job is of no use
+      if (!failed_.exchange(true, std::memory_order_relaxed)) error_ = std::current_exception();
     }
     inside_task = false;
   }
@@ -124,6 +137,8 @@ class Pool {
   alignas(64) std::atomic<std::uint64_t> epoch_{0};
   std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
+  std::atomic<bool> failed_{false};
+  std::exception_ptr error_;  // written by who sets `failed_`, read behind the gate
   std::mutex sleep_mutex_;
   std::condition_variable wake_;
   std::vector<std::thread> threads_;

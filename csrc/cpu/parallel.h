@@ -1,10 +1,13 @@
 // Fork-join over a persistent pool of threads.
 //
-//   gear::parallel_for(n_tasks, [&](std::int64_t task) noexcept { ... });
+//   gear::parallel_for(n_tasks, [&](std::int64_t task) { ... });
 //
 // runs the body once for every task in [0, n_tasks), on the calling thread and on the pool's, and returns when all are
 // done. Tasks are handed out one at a time, so which thread runs a task is not fixed: a body must compute the same
-// result wherever it runs, and only tasks with disjoint outputs may share a call. Bodies must not throw.
+// result wherever it runs, and only tasks with disjoint outputs may share a call.
+//
+// A body may throw (memory for what it keeps may run out): no further task is begun, those under way end, and the first
+// exception is thrown to the caller. The pool serves the next call as ever.
 //
 // Threads wait by spinning for a short while (a decode step issues dozens of calls a few microseconds apart) and then
 // sleep. A call from inside a body, and a call made while another thread uses the pool, runs its tasks in order on the

@@ -7,7 +7,7 @@ void residual_moments(const void* source, int source_type, float* residual, bool
                       double* moments, std::int64_t rows, std::int64_t width, std::int64_t channels,
                       std::int64_t groups) {
   const ResidualRows call{source, source_type, residual, accumulate, phase_offset, moments, width, channels, groups};
-  parallel_for(rows, [&](std::int64_t row) noexcept { GEAR_DISPATCH(residual_moments_row)(call, row); });
+  parallel_for(rows, [&](std::int64_t row) { GEAR_DISPATCH(residual_moments_row)(call, row); });
 }
 
 }  // namespace gear::cpu

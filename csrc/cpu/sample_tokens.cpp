@@ -183,7 +183,7 @@ void sample(const SampleTokens& call) {
   const std::int64_t floats = 3 * ((call.vocab_size + 63) / 64 * 64);
   float* memory =
       static_cast<float*>(scratch(Scratch::sampler, static_cast<std::size_t>(call.images * floats) * sizeof(float)));
-  parallel_for(call.images, [&](std::int64_t image) noexcept {
+  parallel_for(call.images, [&](std::int64_t image) {
     if (call.draws == nullptr || call.draws[image]) {
       sample_one(call, image, memory + image * floats);
     } else {

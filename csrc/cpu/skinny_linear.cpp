@@ -127,9 +127,7 @@ Operand prepare(const Linear& call, bool wide_operand) {
       scratch(Scratch::operand, static_cast<std::size_t>(data_bytes + scale_bytes + call.rows * n_padded * 4)));
   const Operand operand{memory, reinterpret_cast<float*>(memory + data_bytes), stride, wide_operand};
   float* wide = reinterpret_cast<float*>(memory + data_bytes + scale_bytes);
-  const auto one_row = [&](std::int64_t row) noexcept {
-    prepare_row(call, operand, row, wide + row * n_padded, n_padded);
-  };
+  const auto one_row = [&](std::int64_t row) { prepare_row(call, operand, row, wide + row * n_padded, n_padded); };
   if (call.rows * call.in_features < 8192) {
     for (std::int64_t row = 0; row < call.rows; ++row) one_row(row);
   } else {
@@ -196,7 +194,7 @@ void linear(const Linear& call) {
   std::int64_t width = in_place(call.kind) ? 16 : kTileColumns;
   while (width > kPanelColumns && call.out_features < 4 * width * num_threads()) width /= 2;
   const std::int64_t n_blocks = (call.out_features + width - 1) / width;
-  parallel_for(n_blocks, [&](std::int64_t block) noexcept {
+  parallel_for(n_blocks, [&](std::int64_t block) {
     const std::int64_t first = block * width;
     const std::int64_t left = call.out_features - first;
     compute_block(call, operand, kernel, first, static_cast<int>(left < width ? left : width));

@@ -8,7 +8,7 @@
 namespace gear {
 
 void soft_readout::transpose(const float* matrix, int64_t k, int64_t width, float* panels) {
-  parallel_for(blocks(k), [&](int64_t block) noexcept {
+  parallel_for(blocks(k), [&](int64_t block) {
     float* panel = panels + block * kCodes * width;
     const int64_t first = block * kCodes, used = std::min<int64_t>(k - first, kCodes);
     // Sixteen columns at a time: a cache line of every row is read once, and as many lines are written.
@@ -26,7 +26,7 @@ void cpu::soft_readout(const float* z, const float* codebook, const float* bias,
   const SoftReadout call{z, codebook, bias, table, n, k, d, c, scale, out, lse};
   std::vector<float> panels(static_cast<size_t>(gear::soft_readout::blocks(k) * kCodes * d), 0.0f);
   gear::soft_readout::transpose(codebook, k, d, panels.data());
-  parallel_for((n + kRows - 1) / kRows, [&](int64_t task) noexcept {
+  parallel_for((n + kRows - 1) / kRows, [&](int64_t task) {
     GEAR_DISPATCH(soft_readout_rows)(call, panels.data(), task * kRows, std::min(n, (task + 1) * kRows));
   });
 }

@@ -1,12 +1,15 @@
 // Threaded ops under concurrent callers, for ThreadSanitizer (`make tsan`), which Python itself is not built for.
 //
 // Several threads call each op at once with pools of changing size; every result must equal the one of a single thread.
+// Then tasks throw.
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <new>
 #include <random>
 #include <thread>
 #include <vector>
@@ -287,6 +290,47 @@ bool same_from_every_thread(const char* name, const std::function<std::vector<fl
   return equal;
 }
 
+// Counts a task while it runs, however it ends.
+struct Running {
+  std::atomic<int>& count;
+  explicit Running(std::atomic<int>& tasks) : count(tasks) { ++count; }
+  ~Running() { --count; }
+};
+
+// Tasks that throw, some from a call of their own: the caller gets the exception when no task runs any more, and the
+// pool serves the next call.
+bool failures_reach_the_caller() {
+  std::atomic<bool> right{true};
+  const auto call = [&right](std::int64_t bad) {
+    std::atomic<int> running{0};
+    bool caught = false;
+    try {
+      gear::parallel_for(200, [&](std::int64_t task) {
+        const Running guard(running);
+        gear::parallel_for(3, [&](std::int64_t inner) {
+          if (task % bad == bad - 1 && inner == 1) throw std::bad_alloc();
+        });
+      });
+    } catch (const std::bad_alloc&) {
+      caught = true;
+    }
+    std::vector<int> done(200);
+    gear::parallel_for(200, [&](std::int64_t task) { ++done[static_cast<size_t>(task)]; });
+    if (!caught || running != 0 || done != std::vector<int>(200, 1)) right = false;
+  };
+  for (const int pool : {1, 2, 5}) {
+    gear::set_num_threads(pool);
+    for (int round = 0; round < 20; ++round) {
+      std::vector<std::thread> callers;
+      for (const std::int64_t bad : {1, 7, 200}) callers.emplace_back(call, bad);
+      for (std::thread& caller : callers) caller.join();
+      call(200);
+    }
+  }
+  std::printf("%-22s %s\n", "tasks that throw", right ? "reach their caller" : "ARE LOST");
+  return right;
+}
+
 }  // namespace
 
 int main() {
@@ -307,5 +351,6 @@ int main() {
   equal &= same_from_every_thread("read-out both ways", readout);
   equal &= same_from_every_thread("conv_rows", convolution);
   equal &= same_from_every_thread("residuals and norm", residuals);
+  equal &= failures_reach_the_caller();
   return equal ? EXIT_SUCCESS : EXIT_FAILURE;
 }
