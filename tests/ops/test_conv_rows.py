@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gear_engine.ops import native
 from gear_engine.ops.conv_rows import conv_rows, pack
@@ -54,6 +56,41 @@ def test_equals_a_float64_convolution(
         out = torch.full(tuple(expected.shape), torch.nan)
         conv_rows(source, kernel, bias, out, padding=padding, backend=backend)
         assert float((out - expected).abs().max() / magnitude) <= BOUNDS[tile]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=st.sampled_from([(1, 0), (2, 0), (3, 0), (3, 2), (3, 4), (2, 5)]),
+    rows=st.integers(1, 13),
+    width=st.integers(1, 30),
+    channels=st.integers(1, 50),
+    outputs=st.integers(1, 140),
+    padding=st.integers(0, 2),
+    biased=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_equals_a_float64_convolution_on_odd_shapes(
+    kind: tuple[int, int],
+    rows: int,
+    width: int,
+    channels: int,
+    outputs: int,
+    padding: int,
+    biased: bool,
+    seed: int,
+    isa: str,
+) -> None:
+    (edge, tile), generator = kind, torch.Generator().manual_seed(seed)
+    padding = min(padding, edge - 1)
+    width = max(width, edge - 2 * padding)
+    source = torch.randn(rows + edge - 1, width, channels, generator=generator)
+    weight = torch.randn(outputs, channels, edge, edge, generator=generator)
+    bias = torch.randn(outputs, generator=generator) if biased else None
+    expected = _exact(source, weight, bias, padding)
+    magnitude = _exact(source.abs(), weight.abs(), None if bias is None else bias.abs(), padding).max()
+    out = torch.full(tuple(expected.shape), torch.nan)
+    conv_rows(source, pack(weight, tile), bias, out, padding=padding, backend="cpu")
+    assert float((out - expected).abs().max() / magnitude) <= BOUNDS[tile]
 
 
 @pytest.mark.parametrize(("tile", "bound"), [(0, 4e-7), (2, 4e-7), (4, 1.3e-6), (5, 1.3e-6)])

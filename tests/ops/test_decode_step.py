@@ -8,14 +8,17 @@ import weakref
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from gear_engine.config import GeneratorConfig
 from gear_engine.ops import GeneratorOps, backends
 from gear_engine.ops.decode_attention import FP8
 from gear_engine.ops.decode_step import decode_step, reference
 from gear_engine.runner import decode_step as run_step
 from tests.golden_weights import relative_error
 from tests.ops.cpu_paths import PATHS, forced, threads
-from tests.ops.decode_inputs import CONFIG, CPU, FORMATS, Sequences, cache_dtype_of, parts_of, weights_of
+from tests.ops.decode_inputs import CONFIG, CPU, FORMATS, Sequences, cache_dtype_of, odd_configs, parts_of, weights_of
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -72,6 +75,22 @@ def test_agrees_with_the_reference(path: str, name: str) -> None:
     else:
         for part, wanted in zip(parts, parts_of(cache), strict=True):
             assert (part != wanted).float().mean() < 1e-3
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    config=odd_configs(),
+    rows=st.integers(1, 9),
+    name=st.sampled_from(["float32", "bfloat16 packed", "float32, bf16 weights"]),
+)
+def test_agrees_with_the_reference_on_odd_shapes(config: GeneratorConfig, rows: int, name: str, isa: str) -> None:
+    weights, sequences, every = weights_of(name, config), Sequences(rows, cache_dtype_of(name), config), range(rows)
+    logits, kv = sequences.step(weights, list(every), list(every))
+    cache = sequences.cache(list(every), list(every))
+    where = torch.arange(rows), sequences.positions, sequences.tokens
+    expected = reference(weights, cache, config.n_head, config.norm_eps, *where)
+    assert relative_error(logits, expected) <= (1e-5 if name == "float32" else 4e-2)
+    assert relative_error(kv, cache.kv) <= (1e-5 if name == "float32" else 4e-2)
 
 
 def test_is_what_the_compiled_backend_runs() -> None:

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 
+from gear_engine.config import GeneratorConfig
 from gear_engine.kv_cache import StaticKVCache
 from gear_engine.ops import GeneratorOps
 from gear_engine.ops.decode_attention import FP8
@@ -14,8 +16,9 @@ from gear_engine.ops.decode_step import decode_step
 from gear_engine.ops.decode_steps import decode_steps
 from gear_engine.ops.sample_tokens import SamplingTable, sample_tokens
 from gear_engine.request import SamplingParams
+from tests.golden_weights import relative_error
 from tests.ops.cpu_paths import PATHS, forced, threads
-from tests.ops.decode_inputs import CONFIG, CPU, FORMATS, Sequences, cache_dtype_of, parts_of, weights_of
+from tests.ops.decode_inputs import CONFIG, CPU, FORMATS, Sequences, cache_dtype_of, odd_configs, parts_of, weights_of
 
 P = SamplingParams
 SETTINGS = [P(cfg_scale=3.0, top_k=20), P(), P(cfg_scale=1.5, top_p=0.9), P(sample_logits=False), P(cfg_scale=2.0)]
@@ -27,20 +30,26 @@ STEPS = 4
 class Batch:
     """Five images at positions of their own, three of them guided, in slots and table rows out of order."""
 
-    def __init__(self, cache_dtype: torch.dtype, settings: list[SamplingParams] | None = None) -> None:
+    def __init__(
+        self,
+        cache_dtype: torch.dtype,
+        settings: list[SamplingParams] | None = None,
+        config: GeneratorConfig = CONFIG,
+    ) -> None:
+        self.config = config
         rows = list(range(8))
         self.slots = torch.tensor([3, 8, 0, 5, 1, 7, 2, 4])
-        self.cache: StaticKVCache = Sequences(8, cache_dtype).cache(rows, self.slots.tolist())
+        self.cache: StaticKVCache = Sequences(8, cache_dtype, config).cache(rows, self.slots.tolist())
         rng = torch.Generator().manual_seed(3)
-        self.tokens = torch.randint(0, CONFIG.vocab_size, (10, CONFIG.block_size), generator=rng)
+        self.tokens = torch.randint(0, config.vocab_size, (10, config.block_size), generator=rng)
         self.token_rows = self.slots[:5].clone()
-        self.positions = torch.tensor([1, 50, CONFIG.block_size - STEPS, 7, 7])
-        self.table = SamplingTable.build(settings or SETTINGS, GUIDED, CONFIG.vocab_size, CPU)
+        self.positions = torch.tensor([1, 50, config.block_size - STEPS, 7, 7])
+        self.table = SamplingTable.build(settings or SETTINGS, GUIDED, config.vocab_size, CPU)
         self.seeds = torch.tensor([5, 2**40, 0, 1, 9])
 
     def run(self, weights: Any, backend: str = "cpu", steps: int = STEPS, **options: Any) -> tuple[int, bool]:
         return decode_steps(
-            *(weights, self.cache, CONFIG.n_head, CONFIG.norm_eps, self.slots, self.tokens, self.token_rows),
+            *(weights, self.cache, self.config.n_head, self.config.norm_eps, self.slots, self.tokens, self.token_rows),
             *(self.positions, self.table, self.seeds, steps),
             backend=backend,
             **options,
@@ -53,7 +62,7 @@ class Batch:
             fed = at[owners] - 1
             given = self.tokens[self.token_rows[owners], fed]
             where = self.slots, fed, given
-            logits = decode_step(weights, self.cache, CONFIG.n_head, CONFIG.norm_eps, *where, backend="cpu")
+            logits = decode_step(weights, self.cache, self.config.n_head, self.config.norm_eps, *where, backend="cpu")
             draws = sample_tokens(logits, self.table, seeds=self.seeds, positions=at, backend="cpu")
             self.tokens[self.token_rows, at] = draws
 
@@ -85,6 +94,16 @@ def test_agrees_with_the_reference(name: str) -> None:
     expected, found = Batch(cache_dtype_of(name)), Batch(cache_dtype_of(name))
     assert found.run(weights) == expected.run(weights, "reference") == (STEPS, True)
     assert torch.equal(found.tokens, expected.tokens)
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(config=odd_configs())
+def test_agrees_with_the_reference_on_odd_shapes(config: GeneratorConfig, isa: str) -> None:
+    weights = weights_of("float32", config)
+    expected, found = (Batch(torch.float32, config=config) for _ in range(2))
+    assert found.run(weights) == expected.run(weights, "reference") == (STEPS, True)
+    assert torch.equal(found.tokens, expected.tokens)
+    assert relative_error(found.cache.kv, expected.cache.kv) <= 1e-5
 
 
 def test_steps_come_in_any_portions() -> None:

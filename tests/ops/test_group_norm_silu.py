@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gear_engine.ops import native
 from gear_engine.ops.group_norm_silu import group_norm_silu
 from gear_engine.ops.residual_moments import residual_moments
 from tests.golden_weights import relative_error
+from tests.ops.cpu_paths import threads
 
 needs_native = pytest.mark.skipif(native.unavailable("group_norm_silu_cpu") is not None, reason="not compiled")
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]
@@ -63,6 +68,34 @@ def test_every_instruction_set_and_dtype(isa: str, x_dtype: torch.dtype, y_dtype
 
 
 @needs_native
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    height=st.integers(1, 9),
+    width=st.integers(1, 70),
+    groups=st.sampled_from([1, 2, 3, 7, 8, 32]),
+    sixteens=st.integers(1, 3),
+    affine=st.booleans(),
+    silu=st.booleans(),
+    half=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_compiled_equals_reference_on_odd_shapes(
+    height: int, width: int, groups: int, sixteens: int, affine: bool, silu: bool, half: bool, seed: int, isa: str
+) -> None:
+    channels, generator = math.lcm(16, groups) * sixteens, torch.Generator().manual_seed(seed)
+    x = torch.randn(height, width, channels, generator=generator) * 3 + 1
+    x = x.bfloat16() if half else x
+    weight, bias = torch.randn(2, channels, generator=generator) if affine else (None, None)
+    moments, out, expected = _moments(x, groups), torch.full(x.shape, torch.nan), torch.empty(x.shape)
+    group_norm_silu(x, moments, weight, bias, out, silu=silu, backend="cpu")
+    group_norm_silu(x, moments, weight, bias, expected, silu=silu, backend="reference")
+    # x * scale + shift: in a group of equal numbers both are a thousand times x, and nearly nothing is left of them.
+    scale = (x.double().unflatten(2, (groups, -1)).var(dim=(0, 1, 3), unbiased=False) + 1e-6).rsqrt().max()
+    largest = x.abs().max() * scale * (1 if weight is None else weight.abs().max())
+    assert float((out - expected).abs().max()) <= 5e-7 * float(largest) + 1e-6 * float(expected.abs().max())
+
+
+@needs_native
 def test_extremes_stay_finite_and_nan_stays_nan(isa: str) -> None:
     x = torch.tensor([-300.0, -88.0, -1e-30, 0.0, 1e-30, 20.0, 88.0, 3e38] * 4).view(1, 1, 32)
     moments = torch.zeros(1, 1, 2, dtype=torch.float64)
@@ -77,19 +110,17 @@ def test_extremes_stay_finite_and_nan_stays_nan(isa: str) -> None:
 
 
 @needs_native
-def test_strips_in_place_and_threads_keep_the_bits() -> None:
-    x = torch.randn(9, 13, 64)
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_strips_in_place_and_threads_keep_the_bits(count: int, isa: str) -> None:
+    x = torch.randn(9, 70, 64)
     moments = _moments(x, 32)
     whole = torch.empty_like(x)
-    group_norm_silu(x, moments, None, None, whole, backend="cpu")
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(5)
+    with threads(3):
+        group_norm_silu(x, moments, None, None, whole, backend="cpu")
+    with threads(count):
         strips = x.clone()
         group_norm_silu(strips[:4], moments, None, None, strips[:4], backend="cpu")
         group_norm_silu(strips[4:], moments, None, None, strips[4:], backend="cpu")
-    finally:
-        torch.set_num_threads(threads)
     assert torch.equal(strips, whole)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gear_engine.ops import backends, native
 from gear_engine.ops.residual_moments import join_phases, reference, residual_moments
@@ -21,13 +24,8 @@ def _source(height: int, width: int, channels: int, phase_offset: int | None, dt
     return (torch.randn(height // 2 + phase_offset, width // 2 + phase_offset, 4, channels) + 3).to(dtype)
 
 
-@needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("height", "width", "channels", "groups"), SHAPES)
-@pytest.mark.parametrize("mode", ["moments", "store", "accumulate", "phases0", "phases1"])
-def test_compiled_equals_reference(
-    isa: str, dtype: torch.dtype, height: int, width: int, channels: int, groups: int, mode: str
-) -> None:
+def _compare(height: int, width: int, channels: int, groups: int, mode: str, dtype: torch.dtype) -> None:
+    """The compiled kernel's residual has the reference's bits, its moments the reference's values."""
     phase_offset = int(mode[-1]) if mode.startswith("phases") else None
     if phase_offset is not None:
         height, width = 2 * height, 2 * width
@@ -45,6 +43,35 @@ def test_compiled_equals_reference(
     if expected is not None and actual is not None:
         assert torch.equal(actual, expected)
     torch.testing.assert_close(actual_moments, expected_moments, rtol=1e-6, atol=1e-4)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("height", "width", "channels", "groups"), SHAPES)
+@pytest.mark.parametrize("mode", ["moments", "store", "accumulate", "phases0", "phases1"])
+def test_compiled_equals_reference(
+    isa: str, dtype: torch.dtype, height: int, width: int, channels: int, groups: int, mode: str
+) -> None:
+    _compare(height, width, channels, groups, mode, dtype)
+
+
+@needs_native
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    height=st.integers(1, 6),
+    width=st.integers(1, 40),
+    groups=st.sampled_from([1, 2, 3, 7, 8, 32]),
+    sixteens=st.integers(1, 3),
+    mode=st.sampled_from(["moments", "store", "accumulate", "phases0", "phases1"]),
+    half=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_compiled_equals_reference_on_odd_shapes(
+    height: int, width: int, groups: int, sixteens: int, mode: str, half: bool, seed: int, isa: str
+) -> None:
+    torch.manual_seed(seed)
+    dtype = torch.bfloat16 if half else torch.float32
+    _compare(height, width, math.lcm(16, groups) * sixteens, groups, mode, dtype)
 
 
 @needs_native

@@ -7,6 +7,7 @@ import torch
 
 from gear_engine.bench import codebook_quantize as bench
 from gear_engine.bench import quantize_memory
+from gear_engine.bench.registry import Context, select
 from gear_engine.ops import native
 from gear_engine.ops.codebook_quantize import Metric
 
@@ -46,3 +47,18 @@ def test_the_compiled_op_makes_no_matrix_of_vectors_and_codes() -> None:
 def test_a_matrix_of_vectors_and_codes_is_seen() -> None:
     found = quantize_memory.measure("reference", ("l2",), 500, 16384, 8)
     assert found["peak"] > found["matrix"]
+
+
+@pytest.mark.parametrize("metric", ["l2", "l2_normalized", "inner_product"])
+@pytest.mark.parametrize("width", [8, 256])
+def test_a_wrong_index_fails_in_the_suite_at_any_width(metric: str, width: int) -> None:
+    grid = {"metric": [metric], "width": [str(width)], "vectors": ["64"], "codes": ["200"]}
+    (case,) = select(["codebook_quantize"], "quick", grid, "")
+    work = case.benchmark.prepare(case.params, Context(torch.device("cpu")))
+    assert work.check is not None
+    expected = work.check.reference(0)
+    for each in work.implementations:
+        assert work.check.error(each.call(0), expected) <= work.check.bound
+    wrong = expected.clone()
+    wrong[5] = (wrong[5] + 1) % 200
+    assert work.check.error(wrong, expected) > work.check.bound
