@@ -243,17 +243,27 @@ std::vector<float> readout() {
   return out;
 }
 
+// By every kind of kernel: directly with edges 1, 2 and 3, and in tiles.
 std::vector<float> convolution() {
   constexpr int64_t rows = 9, width = 70, in = 20, out = 70;
   const auto x = normal((rows + 2) * width * in, 20), weight = normal(out * in * 9, 21), bias = normal(out, 22);
-  std::vector<float> packed(2 * 2 * 9 * gear::kConvChunk * gear::kConvBlock), y(rows * width * out);
-  gear::cpu::conv_rows_pack(weight.data(), packed.data(), out, in, 3);
-  gear::cpu::conv_rows(x.data(), packed.data(), bias.data(), y.data(), rows, width, width, in, out, 3, 1);
-  std::vector<float> spectra(16 * 3 * gear::winograd_depth(in) * gear::kWinogradPanel), tiled(y.size());
-  gear::cpu::winograd_rows_pack(weight.data(), spectra.data(), out, in, 2);
-  gear::cpu::winograd_rows(x.data(), spectra.data(), bias.data(), tiled.data(), rows, width, width, in, out, 1, 2);
-  y.insert(y.end(), tiled.begin(), tiled.end());
-  return y;
+  std::vector<float> packed(2 * 2 * 9 * gear::kConvChunk * gear::kConvBlock), all;
+  for (const int edge : {1, 2, 3}) {
+    std::vector<float> y(rows * (width + 1) * out);  // a column of zeros at either side, but for edge 1
+    const int64_t columns = edge == 1 ? width : width + 3 - edge;
+    gear::cpu::conv_rows_pack(weight.data(), packed.data(), out, in, edge);
+    gear::cpu::conv_rows(x.data(), packed.data(), bias.data(), y.data(), rows, width, columns, in, out, edge, edge > 1);
+    all.insert(all.end(), y.begin(), y.end());
+  }
+  for (const int tile : {2, 4, 5}) {
+    std::vector<float> spectra(gear::winograd_frequencies(tile) * 3 * gear::winograd_depth(in) * gear::kWinogradPanel);
+    std::vector<float> y(rows * (width + 1) * out);
+    const int64_t columns = width + 3 - gear::winograd_edge(tile);
+    gear::cpu::winograd_rows_pack(weight.data(), spectra.data(), out, in, tile);
+    gear::cpu::winograd_rows(x.data(), spectra.data(), bias.data(), y.data(), rows, width, columns, in, out, 1, tile);
+    all.insert(all.end(), y.begin(), y.end());
+  }
+  return all;
 }
 
 // The residual stream of two convolutions, the second of an upsampling, then the norm that follows them.
