@@ -12,12 +12,14 @@ import torch.nn as nn
 from gear_engine.ops import backends, conv_rows
 from gear_engine.tokenizers.canvas import Arena
 
-__all__ = ["Convolution", "Memory", "phase_weights"]
+__all__ = ["PHASE_TILE", "Convolution", "Memory", "phase_weights"]
 
 #: Output channels from which on Winograd pays.
 _FEWEST_CHANNELS: Final = 16
+#: Rows of a tile where the phases of a large image go by Winograd: strips of whole ones leave no rest.
+PHASE_TILE: Final = 5
 #: Edge of a kernel -> edge of its Winograd tiles in small images and in large ones; 0: none.
-_TILES: Final = {1: (0, 0), 2: (0, 5), 3: (2, 4)}
+_TILES: Final = {1: (0, 0), 2: (0, PHASE_TILE), 3: (2, 4)}
 #: Pixels of a large image. At 32 x 32 tiles of 4 still save 2 to 7% of a decode's time, but the sums over 512 channels
 #: there are where their error weighs most: 6.5e-6 of float64 rather than 5e-6.
 _LARGE_PIXELS: Final = 4096

@@ -25,7 +25,7 @@ from gear_engine.errors import BackendUnavailableError, ConfigError, InvalidRequ
 from gear_engine.ops import native
 from gear_engine.tokenizers import magvit2, vqgan
 from gear_engine.tokenizers.canvas import Arena, Canvas
-from gear_engine.tokenizers.convolution import Convolution, Memory
+from gear_engine.tokenizers.convolution import PHASE_TILE, Convolution, Memory
 from gear_engine.tokenizers.tokenizer import Tokenizer
 
 __all__ = ["Decoder", "unavailable"]
@@ -92,7 +92,7 @@ class _UpsampleStep:
     def __call__(self, canvas: Canvas, latent: torch.Tensor) -> None:
         height, width, _ = canvas.x.shape
         operand = canvas.stream()
-        bounds = list(canvas.strips(self.conv.out_channels, tile=5, overlap=1))
+        bounds = list(canvas.strips(self.conv.out_channels, tile=PHASE_TILE, overlap=1))
         canvas.replace(2 * height, 2 * width, self.conv.out_channels // 4)
         for first, _, phases in self.conv(operand, bounds):  # [last - first + 1, W + 1, 4 C]
             canvas.put(phases.unflatten(2, (4, -1)), 2 * first, accumulate=False, phase_offset=1)
