@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +23,7 @@ from typing import Any
 import torch
 
 from gear_engine.bench import timing
-from gear_engine.bench.peak_memory import reset_peak, resident
+from gear_engine.bench.process_memory import in_new_process, reset_peak, resident
 from gear_engine.ops import backends
 from gear_engine.ops.dual_readout import dual_readout, reference
 
@@ -54,11 +52,7 @@ def both_ways(inputs: list[torch.Tensor], job: dict[str, Any], backend: str) -> 
 
 def peak(job: dict[str, Any], backend: str) -> float:
     """MB that one forward and backward adds in a new process."""
-    command = [sys.executable, "-m", "gear_engine.bench.dual_readout", "--child", json.dumps({**job, "what": backend})]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
-    if child.returncode != 0:
-        raise RuntimeError(f"measuring memory failed: {child.stderr[-2000:]}")
-    return float(child.stdout)
+    return float(in_new_process("gear_engine.bench.dual_readout", "--child", json.dumps({**job, "what": backend})))
 
 
 def _child(job: dict[str, Any]) -> None:

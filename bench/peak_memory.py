@@ -17,20 +17,18 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gear_engine import Engine, SamplingParams
 from gear_engine.bench.inputs import generator_config, generator_weights
+from gear_engine.bench.process_memory import in_new_process, reset_peak, resident
 from gear_engine.config import TOKENIZER_PRESETS, GeneratorConfig, TokenizerConfig
 from gear_engine.ops.skinny_linear import PackKind
 from gear_engine.tokenizers import Decoder, build_tokenizer, decoder_fast
 
-__all__ = ["FORMATS", "decode_dtype", "latents", "measure", "reset_peak", "resident", "table"]
+__all__ = ["FORMATS", "decode_dtype", "latents", "measure", "table"]
 
 #: name -> (dtype of activations and cache, kind of packed weights)
 FORMATS: dict[str, tuple[torch.dtype, PackKind | None]] = {
@@ -48,19 +46,6 @@ def decode_dtype(format_: str) -> torch.dtype:
     """Arithmetic of the decoder beside a generator of that format: fp32 too where there are no bf16 convolutions."""
     bf16 = format_ != "fp32" and decoder_fast.unavailable(torch.bfloat16) is None
     return torch.bfloat16 if bf16 else torch.float32
-
-
-def resident(field: str) -> int:
-    """``VmRSS`` or ``VmHWM`` of this process in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
-def reset_peak() -> None:
-    """Lowers ``VmHWM`` to what is resident now."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _warm_up(format_: str, decoding: bool) -> None:
@@ -121,11 +106,7 @@ def measure(model: str, format_: str, images: int, tokens: int, tokenizer: str |
         RuntimeError: the process failed; the message is the end of its output.
     """
     job = {"model": model, "format": format_, "images": images, "tokens": tokens, "tokenizer": tokenizer}
-    command = [sys.executable, "-m", "gear_engine.bench.peak_memory", json.dumps(job)]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
-    if child.returncode != 0:
-        raise RuntimeError(f"measuring memory failed: {child.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(child.stdout)
+    found = in_new_process("gear_engine.bench.peak_memory", json.dumps(job))
     return {"images": images, "format": format_, **found, "ok": found["ratio"] <= LIMIT}
 
 

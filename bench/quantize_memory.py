@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from gear_engine.bench.peak_memory import reset_peak, resident
+from gear_engine.bench.process_memory import in_new_process, reset_peak, resident
 from gear_engine.ops.codebook_quantize import Metric, codebook_quantize
 
 __all__ = ["measure", "table"]
@@ -45,11 +43,7 @@ def measure(what: str, metrics: Sequence[Metric], n: int, codes: int, width: int
         RuntimeError: the process failed; the message is the end of its output.
     """
     job = {"what": what, "metrics": list(metrics), "N": n, "K": codes, "d": width}
-    command = [sys.executable, "-m", "gear_engine.bench.quantize_memory", json.dumps(job)]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
-    if child.returncode != 0:
-        raise RuntimeError(f"measuring memory failed: {child.stderr[-2000:]}")
-    found: dict[str, int] = json.loads(child.stdout)
+    found: dict[str, int] = in_new_process("gear_engine.bench.quantize_memory", json.dumps(job))
     return found
 
 

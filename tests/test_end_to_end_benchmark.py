@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import mmap
+from pathlib import Path
 
 import pytest
 import torch
 
-from gear_engine.bench import counts, peak_memory
+from gear_engine.bench import counts, peak_memory, process_memory
 from gear_engine.bench.end_to_end import Result, check, contestants, measure, rows_of, run_case
 from gear_engine.bench.inputs import generator_weights
 from gear_engine.bench.timing import Ceilings
@@ -88,14 +89,23 @@ def test_peak_memory_sees_what_is_held() -> None:
     """Pages that are touched raise the peak; the reset forgets them. They come from the system: a freed block of the
     allocator's would be resident already."""
     size = 32 << 20
-    peak_memory.reset_peak()
-    before = peak_memory.resident("VmHWM")
+    process_memory.reset_peak()
+    before = process_memory.resident("VmHWM")
     with mmap.mmap(-1, size) as block:
         block.write(b"\1" * size)
-        held = peak_memory.resident("VmHWM")
+        held = process_memory.resident("VmHWM")
     assert held - before >= 0.9 * size
-    peak_memory.reset_peak()
-    assert peak_memory.resident("VmHWM") < held - size // 2
+    process_memory.reset_peak()
+    assert process_memory.resident("VmHWM") < held - size // 2
+
+
+def test_a_new_process_gives_its_json_or_the_end_of_its_errors(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    file.write_text('{"peak": 5}')
+    assert process_memory.in_new_process("json.tool", str(file)) == {"peak": 5}
+    file.write_text("no JSON")
+    with pytest.raises(RuntimeError, match="measuring memory failed: .*Expecting value"):
+        process_memory.in_new_process("json.tool", str(file))
 
 
 def test_table_names_what_is_over_the_limit() -> None:
