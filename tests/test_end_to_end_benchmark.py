@@ -104,7 +104,7 @@ def test_a_new_process_gives_its_json_or_the_end_of_its_errors(tmp_path: Path) -
     file.write_text('{"peak": 5}')
     assert process_memory.in_new_process("json.tool", str(file)) == {"peak": 5}
     file.write_text("no JSON")
-    with pytest.raises(RuntimeError, match="measuring memory failed: .*Expecting value"):
+    with pytest.raises(RuntimeError, match=r"measuring memory failed: .*Expecting value"):
         process_memory.in_new_process("json.tool", str(file))
 
 
