@@ -30,6 +30,7 @@ __all__ = [
     "sign_bits",
     "skinny_linear",
     "soft_readout",
+    "torch_exponential",
 ]
 
 #: Bytes per weight of the storage kinds.
@@ -95,6 +96,11 @@ def sample_tokens(images: int, vocab_size: int, *, guided: bool, noise_given: bo
     rows = images * (2 if guided else 1)
     moved = 4 * vocab_size * (rows + (images if noise_given else 0)) + 8 * images
     return Counts(moved, images * vocab_size * (3 * guided + 1 + 3 + 2))
+
+
+def torch_exponential(images: int, vocab_size: int) -> Counts:
+    """fp32 noise written; a logarithm per number, counted as one operation as an exponential is."""
+    return Counts(4 * images * vocab_size, images * vocab_size)
 
 
 def codebook_quantize(vectors: int, codes: int, width: int, element: int = 4) -> Counts:

@@ -52,13 +52,10 @@ class _Clock:
 
 
 def share_outside(engine: Engine, labels: list[int], tokens: int, rng: Literal["torch", "philox"]) -> float:
-    """Percent of a rollout's time spent outside the compiled calls: Python, torch, and waiting for torch's draws.
-
-    Philox draws are made inside, and many steps by one call; with ``"torch"`` every step is a call, every draw another.
-    """
+    """Percent of a rollout's time spent outside the compiled calls: in Python and torch."""
     module = native.module()
     clock = _Clock()
-    names = ("decode_step_cpu", "decode_steps_cpu", "sample_tokens_cpu", "skinny_linear_cpu")
+    names = ("decode_step_cpu", "decode_steps_cpu", "sample_tokens_cpu", "skinny_linear_cpu", "torch_exponential_cpu")
     kept = {name: getattr(module, name) for name in names}
     try:
         for name, function in kept.items():

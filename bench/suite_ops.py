@@ -165,6 +165,25 @@ def _sampling(params: dict[str, Any], context: Context) -> Work:
     return replace(work, implementations=[*work.implementations, Implementation("official", "peer", official)])
 
 
+def _exponential(params: dict[str, Any], context: Context) -> Work:
+    images, vocab = params["images"], params["vocab"]
+    counted = counts.torch_exponential(images, vocab)
+    copies = context.copies(counted.bytes)
+
+    def run(function: Any) -> Any:
+        out = torch.empty(copies, images, vocab, device=context.device)
+        generator = torch.Generator(context.device)
+
+        def call(index: int) -> torch.Tensor:
+            function(out[index], generator.manual_seed(index))
+            return out[index]
+
+        return call
+
+    kind_of_check = (share_unequal, 0.0, "share of numbers that differ")
+    return op_work("torch_exponential", torch.float32, run, context, counted, (images, "image"), copies, kind_of_check)
+
+
 _B, _MODELS = ("LlamaGen-B",), ("LlamaGen-B", "LlamaGen-XL")
 _ALL_MODELS = ("LlamaGen-S", "LlamaGen-B", "LlamaGen-L", "LlamaGen-XL", "LlamaGen-XXL", "LlamaGen-XXXL")
 _DTYPES = ("fp32", "bf16", "bf16-packed", "int8-packed")
@@ -222,6 +241,18 @@ register(
                     "vocab": (16384,),
                 }
             ],
+        },
+    )
+)
+register(
+    Benchmark(
+        "torch_exponential",
+        "the noise of torch.multinomial for one step, from a torch generator",
+        _exponential,
+        {
+            "quick": [{"images": (1, 8), "vocab": (16384,)}],
+            "standard": [{"images": (1, 8), "vocab": (16384,)}],
+            "full": [{"images": (1, 2, 4, 8, 16, 32, 64), "vocab": (1024, 4096, 16384, 262144)}],
         },
     )
 )

@@ -14,6 +14,7 @@
 #include "cpu/sign_bits.h"
 #include "cpu/skinny_linear.h"
 #include "cpu/soft_readout.h"
+#include "cpu/torch_exponential.h"
 
 #ifdef GEAR_WITH_CUDA
 #include "cuda_bindings.h"
@@ -60,6 +61,7 @@ PYBIND11_MODULE(_C, m) {
   op(m, "sign_bits_cpu", &gear::cpu::sign_bits);
   op(m, "skinny_linear_cpu", &gear::cpu::skinny_linear);
   op(m, "soft_readout_cpu", &gear::cpu::soft_readout);
+  op(m, "torch_exponential_cpu", &gear::cpu::torch_exponential);
   op(m, "winograd_rows_cpu", &gear::cpu::winograd_rows);
   op(m, "winograd_rows_pack_cpu", &gear::cpu::winograd_rows_pack);
 

@@ -254,8 +254,6 @@ class Engine:
                     progress(made, steps)
         finally:
             # Nothing is left after a complete run; after an exception the unfinished images go.
-            if noise is not None:
-                noise.close()
             self.reset()
         return out
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -18,11 +17,14 @@ __all__ = ["FiniteWatch", "Noise", "PhiloxNoise", "TorchNoise"]
 
 
 class Noise(Protocol):
-    """A source of randomness."""
+    """A source of randomness.
 
-    def begin(self, table: SamplingTable, vocab_size: int, device: torch.device) -> None:
-        """Announces a step before its logits are computed: what does not depend on them may begin."""
-        ...
+    Attributes:
+        seeds: int64 (B,), of Philox; None: numbers come from ``generator``, and None there means the default one.
+    """
+
+    seeds: torch.Tensor | None
+    generator: torch.Generator | None
 
     def sample(
         self, ops: GeneratorOps, logits: torch.Tensor, table: SamplingTable, positions: torch.Tensor
@@ -36,57 +38,34 @@ class Noise(Protocol):
         ...
 
 
-def _draws(table: SamplingTable) -> bool:
-    return table.params is None or any(params.sample_logits for params in table.params)
-
-
 class TorchNoise:
     """The official order: per step one ``exponential_`` of shape (B, V) from a torch generator.
 
     That is what ``torch.multinomial`` draws, so the generator ends in the state that the official sampler leaves; a
     step that only takes argmaxes draws nothing.
 
-    The draw is serial, a third of a millisecond per image on a CPU, and does not depend on the logits: after
-    :meth:`begin` it runs on a thread of its own beside the model's step. No draw is begun for a step that may not come,
-    so between steps the generator is where the official sampler would have it.
+    Attributes:
+        generator: None means the device's default one.
     """
 
     def __init__(self, generator: torch.Generator | None) -> None:
-        self._generator = generator
-        self._thread: ThreadPoolExecutor | None = None
-        self._begun: Future[torch.Tensor] | None = None
-
-    def begin(self, table: SamplingTable, vocab_size: int, device: torch.device) -> None:
-        if device.type != "cpu" or self._begun is not None or not _draws(table):
-            return
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="gear_engine-noise")
-        self._begun = self._thread.submit(self._draw, table.images, vocab_size, device)
-
-    def _draw(self, images: int, vocab_size: int, device: torch.device) -> torch.Tensor:
-        return torch.empty(images, vocab_size, device=device).exponential_(1, generator=self._generator)
+        self.seeds: torch.Tensor | None = None
+        self.generator = generator
 
     def sample(
         self, ops: GeneratorOps, logits: torch.Tensor, table: SamplingTable, positions: torch.Tensor
     ) -> torch.Tensor:
-        noise = None
-        if self._begun is not None:
-            begun, self._begun = self._begun, None
-            noise = begun.result()
-        elif _draws(table):
-            noise = self._draw(table.images, logits.shape[1], logits.device)
+        if table.params is None or any(params.sample_logits for params in table.params):
+            noise = torch.empty(table.images, logits.shape[1], device=logits.device)
+            ops.torch_exponential(noise, self.generator)
+        else:
+            noise = None
         return ops.sample_tokens(logits, table, noise=noise)
 
-    def fill(self, out: torch.Tensor, params: Sequence[SamplingParams]) -> None:
+    def fill(self, ops: GeneratorOps, out: torch.Tensor, params: Sequence[SamplingParams]) -> None:
         """Draws one step's noise into ``out`` (B, V), contiguous; nothing if only argmaxes are taken."""
         if any(each.sample_logits for each in params):
-            out.exponential_(1, generator=self._generator)
-
-    def close(self) -> None:
-        """Returns when no draw is under way: from then on the generator moves no more. A step that failed counts."""
-        if self._thread is not None:
-            self._thread.shutdown(wait=True)
-            self._thread = self._begun = None
+            ops.torch_exponential(out, self.generator)
 
 
 class PhiloxNoise:
@@ -97,10 +76,8 @@ class PhiloxNoise:
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self.seeds = torch.tensor(seeds, dtype=torch.int64, device=device)
-
-    def begin(self, table: SamplingTable, vocab_size: int, device: torch.device) -> None:
-        """Nothing: the noise is made where it is used."""
+        self.seeds: torch.Tensor | None = torch.tensor(seeds, dtype=torch.int64, device=device)
+        self.generator: torch.Generator | None = None
 
     def sample(
         self, ops: GeneratorOps, logits: torch.Tensor, table: SamplingTable, positions: torch.Tensor

@@ -206,7 +206,9 @@ class ProgramSteps(Steps):
             self._send(batch.version, segment, labels)
             for _ in range(segment.steps):
                 if torch_noise is not None and self._buffers.noise is not None:
-                    torch_noise.fill(self._buffers.noise[: segment.images], [row.params for row in segment.rows])
+                    torch_noise.fill(
+                        self.ops, self._buffers.noise[: segment.images], [row.params for row in segment.rows]
+                    )
                 program.run()
                 self._launched += 1
 

@@ -16,7 +16,7 @@ from gear_engine.ops import GeneratorOps
 from gear_engine.prefixes import PrefixEncoder, prefix_labels
 from gear_engine.rows import RowTensors
 from gear_engine.runner import decode_step, prefill
-from gear_engine.sampler import FiniteWatch, Noise, PhiloxNoise
+from gear_engine.sampler import FiniteWatch, Noise
 from gear_engine.scheduler import ScheduledBatch, ScheduledImage
 
 __all__ = ["ProgressCallback", "StepCallback", "Steps", "TokensSoFar"]
@@ -32,8 +32,6 @@ ProgressCallback = Callable[[int, int], None]
 
 class Steps:
     """Runs batches on exactly their rows, by one call per op, or per several steps where there is an op for that.
-
-    Steps under ``rng="torch"``, whose noise is drawn by torch, are always made one at a time.
 
     Attributes:
         cache: keys and values.
@@ -74,7 +72,6 @@ class Steps:
     def prefill(self, weights: GeneratorWeights, batch: ScheduledBatch, noise: Noise | None) -> None:
         """Starts the images of ``batch``: their prefixes, and image token 0."""
         rows = self._row_tensors(batch, noise)
-        rows.noise.begin(rows.table, self.config.vocab_size, self.device)
         logits = self._prefix_logits(weights, batch, rows)
         self._draw(rows, logits, torch.zeros_like(rows.cond_slots), 0)
 
@@ -82,7 +79,7 @@ class Steps:
         """The next tokens of every image of ``batch``; returns the number of steps made, at most ``limit``."""
         rows = self._row_tensors(batch, noise)
         positions = rows.positions(batch)  # [R], of the tokens to be drawn
-        if self.ops.decode_steps is not None and isinstance(rows.noise, PhiloxNoise):
+        if self.ops.decode_steps is not None and (rows.noise.seeds is not None or self.ops.draws_as_torch):
             made, finite = self.ops.decode_steps(
                 weights,
                 self.cache,
@@ -93,13 +90,13 @@ class Steps:
                 rows.cond_slots,
                 positions[: len(batch.images)],
                 rows.table,
-                rows.noise.seeds,
                 min(limit, batch.steps_alike),
+                seeds=rows.noise.seeds,
+                generator=rows.noise.generator,
                 seconds=CALL_SECONDS,
             )
             self.watch.report(finite=finite)
             return made
-        rows.noise.begin(rows.table, self.config.vocab_size, self.device)
         fed = positions - 1
         position = batch.images[0].drawn if rows.in_step else None
         # One column of the table is read and written several times faster than single entries of it.

@@ -14,7 +14,7 @@ import torch
 
 from gear_engine.engine import Engine
 from gear_engine.models.transformer import Transformer
-from gear_engine.ops import GeneratorOps, backends, decode_attention_cuda, native
+from gear_engine.ops import GeneratorOps, backends, decode_attention_cuda, native, torch_exponential
 from gear_engine.request import SamplingParams
 from tests import emulation
 from tests.models_for_tests import CLASS, TEXT, captions, small_model
@@ -41,7 +41,8 @@ def emulated_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Engi
 
             return call
 
-        ops = GeneratorOps(**{op: counted(op) for op in OPS}, backends=dict.fromkeys(OPS, "cuda"))
+        kernels = {op: counted(op) for op in OPS} | {"torch_exponential": torch_exponential.reference}
+        ops = GeneratorOps(**kernels, backends=dict.fromkeys(OPS, "cuda"))
         with monkeypatch.context() as patch:
             patch.setattr(GeneratorOps, "resolve", lambda *which: ops)
             return Engine(model, execution="eager", **options), calls

@@ -10,7 +10,7 @@ import torch
 from gear_engine import steps as steps_module
 from gear_engine.engine import Engine
 from gear_engine.errors import NumericalError
-from gear_engine.ops import native
+from gear_engine.ops import native, torch_exponential
 from gear_engine.request import ImageRequest, SamplingParams
 from tests.models_for_tests import CLASS, TEXT, captions, fresh_model, small_model
 from tests.ops.cpu_paths import threads
@@ -99,11 +99,32 @@ def test_captions() -> None:
     assert torch.equal(engine.generate(captions(), SETTINGS[1]), found)
 
 
-def test_torchs_draws_are_made_one_step_at_a_time() -> None:
+@pytest.mark.parametrize("options", FORMATS)
+def test_torchs_draws(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens and generator of single steps; guidance that ends at other steps, one image of argmaxes, one call for all
+    alike steps."""
+    monkeypatch.setattr(steps_module, "CALL_SECONDS", 1e9)
+    found = []
+    for engine in (_one_at_a_time(max_images=5, **options), Engine(small_model(), max_images=5, **options)):
+        made = _spied(engine) if engine.ops.decode_steps is not None else []
+        source = torch.Generator().manual_seed(9)
+        tokens = engine.generate([3, 1, 4, 1, 5], SETTINGS, rng="torch", generator=source)
+        found.append((tokens, source.get_state()))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert len(made) < 6
+    assert sum(made) == 15
+
+
+def test_torchs_draws_where_torch_draws_in_another_way() -> None:
+    """An engine whose kernel would draw other numbers makes single steps."""
     engine = Engine(small_model(), max_images=2)
+    expected = engine.generate([1, 2], SETTINGS[1], rng="torch", generator=torch.Generator().manual_seed(1))
+    object.__setattr__(engine.ops, "draws_as_torch", False)
+    object.__setattr__(engine.ops, "torch_exponential", torch_exponential.reference)
     made = _spied(engine)
-    engine.generate([1, 2], SETTINGS[1], rng="torch")
+    found = engine.generate([1, 2], SETTINGS[1], rng="torch", generator=torch.Generator().manual_seed(1))
     assert made == []
+    assert torch.equal(found, expected)
 
 
 def test_a_callback_sees_single_steps() -> None:

@@ -1,5 +1,6 @@
 #include "cpu/decode_steps.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <memory>
@@ -49,7 +50,8 @@ std::pair<std::int64_t, bool> decode_steps(const std::int64_t* words, float norm
                                            std::int64_t images, const std::int64_t* token_rows,
                                            const std::int64_t* positions, const std::int64_t* uncond_rows,
                                            const float* cfg_scale, const float* temperature, const std::int64_t* top_k,
-                                           const float* top_p, const bool* greedy, const std::int64_t* seeds) {
+                                           const float* top_p, const bool* greedy, const std::int64_t* seeds,
+                                           TorchGenerator* generator) {
   using Clock = std::chrono::steady_clock;
   const Clock::time_point start = Clock::now();
   StepModel model;
@@ -65,7 +67,11 @@ std::pair<std::int64_t, bool> decode_steps(const std::int64_t* words, float norm
       throw std::out_of_range("a position is not in the cache or the table of tokens");
   }
 
+  const std::int64_t draws = images * model.vocab_size;
   const std::unique_ptr<float[]> logits(new float[static_cast<std::size_t>(rows * model.vocab_size)]);
+  // Argmaxes alone draw nothing, as the official order has it; one image that draws draws for all.
+  const bool from_torch = seeds == nullptr && std::count(greedy, greedy + images, false) > 0;
+  const std::unique_ptr<float[]> noise(from_torch ? new float[static_cast<std::size_t>(draws)] : nullptr);
   Indices position(positions, positions + images), fed(owner.size()), token(owner.size()), drawn(position.size());
   const auto entry = [&](std::int64_t image) { return tokens + token_rows[image] * max_tokens + position[image]; };
   std::int64_t made = 0;
@@ -76,8 +82,9 @@ std::pair<std::int64_t, bool> decode_steps(const std::int64_t* words, float norm
       token[row] = entry(owner[row])[-1];
     }
     decode_step(words, norm_eps, rows, token.data(), slots, fed.data(), logits.get());
+    if (from_torch) torch_exponential(generator, draws, noise.get());
     sample(SampleTokens{images, model.vocab_size, logits.get(), uncond_rows, cfg_scale, temperature, top_k, top_p,
-                        greedy, nullptr, seeds, position.data(), nullptr, drawn.data()});
+                        greedy, noise.get(), seeds, position.data(), nullptr, drawn.data()});
     for (std::int64_t image = 0; image < images; ++image) {
       *entry(image) = drawn[image];
       ++position[image];

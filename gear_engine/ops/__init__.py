@@ -27,6 +27,7 @@ from gear_engine.ops import (
     sign_bits,
     skinny_linear,
     soft_readout,
+    torch_exponential,
 )
 from gear_engine.ops.packed_weight import Weight
 
@@ -46,6 +47,7 @@ __all__ = [
     "sign_bits",
     "skinny_linear",
     "soft_readout",
+    "torch_exponential",
 ]
 
 
@@ -56,18 +58,23 @@ class GeneratorOps:
     Attributes:
         decode_attention, skinny_linear, sample_tokens: callables with the signatures of the modules' ``reference``.
         backends: the backend chosen for each of them.
+        torch_exponential: likewise; its choice changes no bit and is left out of ``backends``.
         decode_step: the whole model in one call, where the compiled CPU backend was chosen for its parts; see
             :mod:`gear_engine.ops.decode_step`.
-        decode_steps: several steps and their Philox draws in one call, where it was chosen for ``sample_tokens`` too;
-            see :mod:`gear_engine.ops.decode_steps`.
+        decode_steps: several steps and their draws in one call, where it was chosen for ``sample_tokens`` too; see
+            :mod:`gear_engine.ops.decode_steps`.
+        draws_as_torch: whether ``decode_steps`` can draw from a torch generator: ``torch_exponential`` is compiled, and
+            this torch draws as it does.
     """
 
     decode_attention: Callable[..., torch.Tensor]
     skinny_linear: Callable[..., torch.Tensor]
     sample_tokens: Callable[..., torch.Tensor]
     backends: Mapping[str, str]
+    torch_exponential: Callable[..., None]
     decode_step: Callable[..., torch.Tensor] | None = None
     decode_steps: Callable[..., tuple[int, bool]] | None = None
+    draws_as_torch: bool = False
 
     def logits(self, h: torch.Tensor, weight: Weight, *, norm_weight: torch.Tensor, norm_eps: float) -> torch.Tensor:
         """The head: ``skinny_linear(h, weight)`` in fp32 (R, vocab_size).
@@ -112,6 +119,9 @@ class GeneratorOps:
             implementation = backends.resolve(op, device, main_dtype, name, other=other)
             found[op] = implementation.load()
             chosen[op] = implementation.backend
+        plain = "reference" if backend == "reference" else "auto"
+        exponential = backends.resolve("torch_exponential", device, torch.float32, plain)
+        found |= {"torch_exponential": exponential.load(), "draws_as_torch": exponential.backend == "cpu"}
         if chosen["skinny_linear"] == chosen["decode_attention"] == "cpu":
             found["decode_step"] = backends.resolve("decode_step", device, dtype, "cpu", other=cache_dtype).load()
             if chosen["sample_tokens"] == "cpu":

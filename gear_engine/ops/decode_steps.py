@@ -6,6 +6,8 @@ of the table ``tokens``; its rows are b and, if it is guided, uncond_rows[b]::
     logits = decode_step(..., positions = t - 1, tokens = tokens[n, t - 1])     for all rows of all images
     tokens[n, t] = sample_tokens(logits, ..., seeds[b], t)                      Philox noise
 
+or, without seeds, with the noise that :mod:`gear_engine.ops.torch_exponential` draws for a step, (B, V).
+
 The compiled one makes the calls of :mod:`gear_engine.ops.decode_step` and :mod:`gear_engine.ops.sample_tokens`, so that
 the tokens are equal. What it saves is Python between them: a step streams all weights through the caches, after which
 Python's own memory is cold.
@@ -16,10 +18,11 @@ Source: GEAR ``models/generate.py``.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
-from gear_engine.ops import backends, decode_step, native, sample_tokens
+from gear_engine.ops import backends, decode_step, native, sample_tokens, torch_exponential
 from gear_engine.ops.decode_attention import FP8
 from gear_engine.ops.decode_step import Cache, Model, ModelWords
 from gear_engine.ops.sample_tokens import SamplingTable
@@ -37,9 +40,10 @@ def decode_steps(
     token_rows: torch.Tensor,
     positions: torch.Tensor,
     table: SamplingTable,
-    seeds: torch.Tensor,
     steps: int,
     *,
+    seeds: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
     seconds: float = math.inf,
     backend: str = "auto",
 ) -> tuple[int, bool]:
@@ -52,8 +56,9 @@ def decode_steps(
         token_rows: int64 (B,), distinct: an image's row of the table.
         positions: int64 (B,), at least 1: index of the image token to be drawn first.
         table: the images' settings; R rows, all images draw.
-        seeds: int64 (B,): Philox keys.
         steps: how many to make, at least 1.
+        seeds: int64 (B,): Philox keys; None draws from ``generator``.
+        generator: a torch generator, which ends where the steps made leave it; None means torch's default one.
         seconds: no step begins once so many seconds have passed since the call, but for the first.
         backend: as in :func:`gear_engine.ops.backends.resolve`.
 
@@ -70,7 +75,7 @@ def decode_steps(
         ("positions", positions, table.images),
         ("seeds", seeds, table.images),
     ):
-        if index.shape != (length,) or index.dtype != torch.int64:
+        if index is not None and (index.shape != (length,) or index.dtype != torch.int64):
             raise ValueError(f"{name} must be int64 ({length},)")
     if tokens.dim() != 2 or tokens.dtype != torch.int64 or not tokens.is_contiguous():
         raise ValueError("tokens must be a contiguous int64 table")
@@ -80,8 +85,9 @@ def decode_steps(
         raise ValueError(f"steps must be at least 1, not {steps}")
     dtype = weights.tok_embeddings.dtype
     run = backends.resolve("decode_steps", cache.kv.device, dtype, backend, other=cache.kv.dtype).load()
+    draws: dict[str, Any] = {"seeds": seeds, "generator": generator}
     out: tuple[int, bool] = run(
-        weights, cache, n_head, norm_eps, slots, tokens, token_rows, positions, table, seeds, steps, seconds=seconds
+        weights, cache, n_head, norm_eps, slots, tokens, token_rows, positions, table, steps, **draws, seconds=seconds
     )
     return out
 
@@ -96,9 +102,10 @@ def reference(
     token_rows: torch.Tensor,
     positions: torch.Tensor,
     table: SamplingTable,
-    seeds: torch.Tensor,
     steps: int,
     *,
+    seeds: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
     seconds: float = math.inf,
 ) -> tuple[int, bool]:
     """The references of the parts, one after the other; makes all steps, however long they take."""
@@ -111,7 +118,11 @@ def reference(
         fed = at[owners] - 1  # [R]
         given = tokens[token_rows[owners], fed]
         logits = decode_step.reference(weights, cache, n_head, norm_eps, slots, fed, given)
-        tokens[token_rows, at] = sample_tokens.reference(logits, table, seeds=seeds, positions=at)
+        noise = None
+        if seeds is None and not bool(table.greedy.all()):
+            noise = torch.empty(table.images, logits.shape[1])
+            torch_exponential.reference(noise, generator)
+        tokens[token_rows, at] = sample_tokens.reference(logits, table, noise=noise, seeds=seeds, positions=at)
         finite = finite and bool(torch.isfinite(logits).all())
     return steps, finite
 
@@ -133,19 +144,25 @@ class _Steps:
         token_rows: torch.Tensor,
         positions: torch.Tensor,
         table: SamplingTable,
-        seeds: torch.Tensor,
         steps: int,
         *,
+        seeds: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
         seconds: float = math.inf,
     ) -> tuple[int, bool]:
         slots, token_rows = slots.contiguous(), token_rows.contiguous()
-        positions, seeds = positions.contiguous(), seeds.contiguous()
+        positions = positions.contiguous()
+        seeds = None if seeds is None else seeds.contiguous()
+        source, state = torch_exponential.state_of(generator) if seeds is None else (None, None)
         made, finite = native.cpu_kernels().decode_steps_cpu(
             self._words.address(weights, cache, n_head), norm_eps, steps, seconds, table.rows, slots.data_ptr(),
             tokens.data_ptr(), *tokens.shape, table.images, token_rows.data_ptr(), positions.data_ptr(),
             table.uncond_rows.data_ptr(), table.cfg_scale.data_ptr(), table.temperature.data_ptr(),
-            table.top_k.data_ptr(), table.top_p.data_ptr(), table.greedy.data_ptr(), seeds.data_ptr(),
+            table.top_k.data_ptr(), table.top_p.data_ptr(), table.greedy.data_ptr(),
+            0 if seeds is None else seeds.data_ptr(), 0 if state is None else state.data_ptr(),
         )  # fmt: skip
+        if source is not None and state is not None:
+            source.set_state(state)
         return made, finite
 
 

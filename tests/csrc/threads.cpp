@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <new>
 #include <random>
 #include <thread>
@@ -28,6 +29,7 @@
 #include "cpu/sign_bits.h"
 #include "cpu/skinny_linear.h"
 #include "cpu/soft_readout.h"
+#include "cpu/torch_exponential.h"
 
 namespace {
 
@@ -130,6 +132,18 @@ class Weights {
   std::vector<std::vector<float>> scales_;
 };
 
+// A generator as torch seeds it: all words are to be made.
+std::unique_ptr<gear::TorchGenerator> torch_generator() {
+  auto generator = std::make_unique<gear::TorchGenerator>();
+  generator->left = generator->seeded = 1;
+  std::uint32_t word = 5489;
+  for (int i = 0; i < gear::kMersenneWords; ++i) {
+    generator->words[i] = word;
+    word = 1812433253u * (word ^ (word >> 30)) + static_cast<std::uint32_t>(i) + 1;
+  }
+  return generator;
+}
+
 // Two steps of a model of two layers, then three in one call; fp32 activations.
 std::vector<float> step(gear::WeightKind kind, bool fp8 = false) {
   constexpr int64_t layers = 2, dim = 64, ffn = 96, vocab = 203, heads = 4, kv_heads = 2, head_dim = 16;
@@ -188,13 +202,24 @@ std::vector<float> step(gear::WeightKind kind, bool fp8 = false) {
   const std::vector<int64_t> token_rows{1, 0}, first{5, 9}, uncond{-1, 2}, top_k{vocab, 40}, seeds{1, -7};
   const std::vector<float> scale{1, 3}, temperature{1, 0.7f}, top_p{1, 0.9f};
   const bool greedy[images] = {false, false};
-  const auto [made, finite] = gear::cpu::decode_steps(
-      words.data(), 1e-5f, 3, 1e9, rows, at.data(), drawn.data(), images, length, images, token_rows.data(),
-      first.data(), uncond.data(), scale.data(), temperature.data(), top_k.data(), top_p.data(), greedy, seeds.data());
-  logits.insert(logits.end(), drawn.begin(), drawn.end());
-  logits.push_back(static_cast<float>(made));
-  logits.push_back(finite);
+  auto generator = torch_generator();
+  for (const int64_t* source : {seeds.data(), static_cast<const int64_t*>(nullptr)}) {
+    const auto [made, finite] = gear::cpu::decode_steps(
+        words.data(), 1e-5f, 3, 1e9, rows, at.data(), drawn.data(), images, length, images, token_rows.data(),
+        first.data(), uncond.data(), scale.data(), temperature.data(), top_k.data(), top_p.data(), greedy, source,
+        source == nullptr ? generator.get() : nullptr);
+    logits.insert(logits.end(), drawn.begin(), drawn.end());
+    logits.push_back(static_cast<float>(made));
+    logits.push_back(finite);
+  }
   return logits;
+}
+
+std::vector<float> exponentials() {
+  std::vector<float> numbers(20000);
+  auto generator = torch_generator();
+  gear::cpu::torch_exponential(generator.get(), 20000, numbers.data());
+  return numbers;
 }
 
 std::vector<float> sampled(bool given) {
@@ -357,6 +382,7 @@ int main() {
   equal &= same_from_every_thread("sample_tokens noise", [] { return sampled(true); });
   equal &= same_from_every_thread("sample_tokens philox", [] { return sampled(false); });
   equal &= same_from_every_thread("philox_noise", philox);
+  equal &= same_from_every_thread("torch_exponential", exponentials);
   equal &= same_from_every_thread("sign_bits", signs);
   equal &= same_from_every_thread("read-out both ways", readout);
   equal &= same_from_every_thread("conv_rows", convolution);

@@ -20,7 +20,6 @@ from gear_engine.models.condition import TextCondition
 from gear_engine.models.transformer import Transformer
 from gear_engine.ops import GeneratorOps
 from gear_engine.request import ImageRequest, SamplingParams
-from gear_engine.sampler import TorchNoise
 from tests.golden_weights import golden_index, load_golden
 from tests.models_for_tests import CLASS, fresh_model
 from tests.test_generator_goldens import CLASS as CLASS_GOLDENS
@@ -66,22 +65,17 @@ def _condition(golden: dict[str, torch.Tensor]) -> torch.Tensor | TextCondition:
 
 @pytest.mark.parametrize("name", [*CLASS_GOLDENS, *TEXT, *LLAMAGEN_TEXT])
 @pytest.mark.parametrize("execution", ["eager", "graph"])
-def test_goldens(goldens_dir: Path, name: str, execution: Any, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_goldens(goldens_dir: Path, name: str, execution: Any, backend: str) -> None:
     """All runs, argmax and sampled. The stored runs were drawn on a CPU: so is the noise here, and copied."""
 
-    def fill(self: TorchNoise, out: torch.Tensor, params: Any) -> None:
-        if any(each.sample_logits for each in params):
-            out.copy_(torch.empty(out.shape).exponential_(1))
+    def draw(out: torch.Tensor, generator: torch.Generator | None) -> None:
+        out.copy_(torch.empty(out.shape).exponential_(1))
 
-    def draw(self: TorchNoise, images: int, vocab_size: int, device: torch.device) -> torch.Tensor:
-        return torch.empty(images, vocab_size).exponential_(1).to(device)
-
-    monkeypatch.setattr(TorchNoise, "fill", fill)
-    monkeypatch.setattr(TorchNoise, "_draw", draw)
     golden = load_golden(goldens_dir, name)
     model = golden_model(goldens_dir, name)
     condition = _condition(golden)
     engine = Engine(model.weights().to(GPU), max_images=len(condition), backend=backend, execution=execution)
+    object.__setattr__(engine.ops, "torch_exponential", draw)
     for index, run in enumerate(golden_index(goldens_dir)[name]["runs"]):
         params = P(**{key: value for key, value in run.items() if key != "seed"})
         torch.manual_seed(run["seed"])

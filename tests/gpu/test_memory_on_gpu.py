@@ -16,6 +16,7 @@ import torch
 from gear_engine.engine import Engine
 from gear_engine.errors import OutOfMemoryError
 from gear_engine.models.transformer import Transformer
+from gear_engine.ops import GeneratorOps
 from gear_engine.request import ImageRequest, SamplingParams
 from gear_engine.sampler import TorchNoise
 from tests.gpu.test_engine_on_gpu import GPU, SETTINGS, backend
@@ -156,10 +157,10 @@ def test_the_noise_is_what_torchs_own_draw_uses(images: int, vocab_size: int) ->
     probs = torch.randn(images, vocab_size, device=GPU).mul(3).softmax(dim=-1)
     buffer = torch.full((2 * images + 3, vocab_size), 7.0, device=GPU)
     official, ours = (torch.Generator(GPU).manual_seed(11) for _ in range(2))
-    noise = TorchNoise(ours)
+    noise, ops = TorchNoise(ours), GeneratorOps.resolve(GPU, torch.float32)
     for _ in range(5):
         expected = torch.multinomial(probs, 1, generator=official)[:, 0]
-        noise.fill(buffer[:images], [P()] * images)
+        noise.fill(ops, buffer[:images], [P()] * images)
         assert torch.equal((probs / buffer[:images]).argmax(dim=-1), expected)
         assert torch.equal(ours.get_state(), official.get_state())
     assert bool((buffer[images:] == 7.0).all())

@@ -50,12 +50,13 @@ class Batch:
     def run(self, weights: Any, backend: str = "cpu", steps: int = STEPS, **options: Any) -> tuple[int, bool]:
         return decode_steps(
             *(weights, self.cache, self.config.n_head, self.config.norm_eps, self.slots, self.tokens, self.token_rows),
-            *(self.positions, self.table, self.seeds, steps),
+            *(self.positions, self.table, steps),
             backend=backend,
-            **options,
+            **{"seeds": self.seeds} | options,
         )
 
-    def run_one_by_one(self, weights: Any) -> None:
+    def run_one_by_one(self, weights: Any, source: torch.Generator | None = None) -> None:
+        """``source``: torch draws the noise from it; None means Philox."""
         owners = torch.tensor(OWNERS)
         for drawn in range(STEPS):
             at = self.positions + drawn
@@ -63,7 +64,9 @@ class Batch:
             given = self.tokens[self.token_rows[owners], fed]
             where = self.slots, fed, given
             logits = decode_step(weights, self.cache, self.config.n_head, self.config.norm_eps, *where, backend="cpu")
-            draws = sample_tokens(logits, self.table, seeds=self.seeds, positions=at, backend="cpu")
+            noise = None if source is None else torch.empty(5, logits.shape[1]).exponential_(1, generator=source)
+            by = {"seeds": self.seeds, "positions": at} if source is None else {"noise": noise}
+            draws = sample_tokens(logits, self.table, **by, backend="cpu")
             self.tokens[self.token_rows, at] = draws
 
     def assert_equal(self, other: Batch) -> None:
@@ -94,6 +97,54 @@ def test_agrees_with_the_reference(name: str) -> None:
     expected, found = Batch(cache_dtype_of(name)), Batch(cache_dtype_of(name))
     assert found.run(weights) == expected.run(weights, "reference") == (STEPS, True)
     assert torch.equal(found.tokens, expected.tokens)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("own", [True, False])
+def test_torchs_stream(path: str, own: bool) -> None:
+    """The tokens of single steps whose noise torch drew, in portions; the generator ends where the last step left it,
+    and moves no further than the steps that were made."""
+    weights = weights_of("float32")
+    source = torch.Generator() if own else torch.default_generator
+    generator = source if own else None
+    with forced(path), threads(2):
+        expected = Batch(weights.dtype)
+        source.manual_seed(4)
+        expected.run_one_by_one(weights, source)
+        state = source.get_state()
+        found = Batch(weights.dtype)
+        source.manual_seed(4)
+        for steps, seconds, made in ((2, 1e9, 2), (2, 0.0, 1), (1, 1e9, 1)):
+            draws = {"seeds": None, "generator": generator}
+            assert found.run(weights, steps=steps, seconds=seconds, **draws) == (made, True)
+            found.positions += made
+        found.positions -= STEPS
+        found.assert_equal(expected)
+        assert torch.equal(source.get_state(), state)
+        source.manual_seed(4)
+        again = Batch(weights.dtype)
+        again.run(weights, "reference", seeds=None, generator=generator)
+        assert torch.equal(again.tokens, expected.tokens)
+        assert torch.equal(source.get_state(), state)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_argmaxes_draw_nothing_from_torchs_stream(backend: str) -> None:
+    weights, source = weights_of("float32"), torch.Generator().manual_seed(4)
+    state = source.get_state()
+    greedy = Batch(weights.dtype, [P(cfg_scale=each.cfg_scale, sample_logits=False) for each in SETTINGS])
+    assert greedy.run(weights, backend, seeds=None, generator=source) == (STEPS, True)
+    assert torch.equal(source.get_state(), state)
+
+
+def test_a_refused_call_draws_nothing() -> None:
+    weights, source = weights_of("float32"), torch.Generator().manual_seed(4)
+    state = source.get_state()
+    found = Batch(weights.dtype)
+    found.positions[1] = 0
+    with pytest.raises(IndexError):
+        found.run(weights, seeds=None, generator=source)
+    assert torch.equal(source.get_state(), state)
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

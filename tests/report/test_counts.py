@@ -45,6 +45,10 @@ def test_sample_tokens() -> None:
     assert counts.sample_tokens(3, 100, guided=False, noise_given=True) == Counts(2400 + 24, 300 * 6)
 
 
+def test_torch_exponential() -> None:
+    assert counts.torch_exponential(3, 100) == Counts(1200, 300)
+
+
 def test_codebook_quantize() -> None:
     # z 4 x 2 and codes 8 x 2 in fp32, four int64 and four codes; 2 * 4 * 8 * 2 + 4 * 8
     assert counts.codebook_quantize(4, 8, 2) == Counts(32 + 64 + 32 + 32, 128 + 32)
