@@ -143,9 +143,9 @@ __device__ bool arrive(const Attend& call, const Head& at, int blocks, Shared& s
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    int* counter = call.arrived + at.row * call.n_head + at.head;
-    shared.last = atomicAdd(counter, 1) == blocks - 1;
-    if (shared.last) *counter = 0;  // for the next call
+    int* arrived = call.arrived + at.row * call.n_head + at.head;
+    shared.last = atomicAdd(arrived, 1) == blocks - 1;
+    if (shared.last) *arrived = 0;  // for the next call
     __threadfence();
   }
   __syncthreads();
@@ -240,8 +240,8 @@ void decode_attention(const void* qkv, int qkv_dtype, std::int64_t qkv_stride, s
                       std::int64_t num_slots, std::int64_t num_entries, std::int64_t slot_stride,
                       std::int64_t head_stride, std::int64_t entry_stride, void* k_scale, void* v_scale,
                       std::int64_t scale_slot_stride, std::int64_t scale_head_stride, const float* prefix_bias,
-                      const std::int64_t* slots, const std::int64_t* positions, const std::int64_t* counter,
-                      const float* rope, void* out, std::int64_t splits, float* stored, int* arrived, void* stream) {
+                      const std::int64_t* slots, const std::int64_t* positions, const float* rope, void* out,
+                      std::int64_t splits, float* stored, int* arrived, void* stream) {
   if (rows == 0) return;
   if (head_dim > kMaxHeadDim || rows > 65535) throw std::invalid_argument("decode_attention: head or batch too large");
   const Dtype cache = static_cast<Dtype>(cache_dtype);
@@ -266,7 +266,6 @@ void decode_attention(const void* qkv, int qkv_dtype, std::int64_t qkv_stride, s
                     prefix_bias,
                     slots,
                     positions,
-                    counter,
                     rope,
                     out,
                     stored,

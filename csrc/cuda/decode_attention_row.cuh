@@ -33,7 +33,6 @@ struct Attend {
   const float* prefix_bias;
   const std::int64_t* slots;
   const std::int64_t* positions;
-  const std::int64_t* counter;
   const float* rope;
   void* out;
   float* stored;
@@ -114,8 +113,7 @@ __device__ void prepare(const Attend& call, const Head& at, int vector, Shared& 
 // Finds the row's slot and position; false if it is inert. Both are numbers of the device and may not exist.
 __device__ inline bool locate(const Attend& call, Head& at, std::int64_t& slot) {
   slot = __ldcg(call.slots + at.row);
-  const std::int64_t counted = call.counter == nullptr ? 0 : __ldcg(call.counter);
-  const std::int64_t position = __ldcg(call.positions + at.row) + counted;
+  const std::int64_t position = __ldcg(call.positions + at.row);
   if (slot < 0) return false;
   at.exists = slot < call.num_slots && position >= 0 && position + 1 < call.num_entries;
   at.position = static_cast<int>(position);

@@ -115,7 +115,7 @@ def run(
             qkv.data_ptr(), DTYPES[qkv.dtype], qkv.stride(0), rows, n_head, n_kv_head, head_dim,
             k_cache.data_ptr(), v_cache.data_ptr(), DTYPES[k_cache.dtype], k_cache.shape[0], entries,
             *k_cache.stride()[:3], *scales, prefix_bias.data_ptr(), slots.data_ptr(),
-            positions.data_ptr(), 0, rope.data_ptr(), out.data_ptr(),
+            positions.data_ptr(), rope.data_ptr(), out.data_ptr(),
             splits, 0 if stored is None else stored.data_ptr(), 0 if arrived is None else arrived.data_ptr(), stream,
         )  # fmt: skip
     return out

@@ -15,7 +15,7 @@ using gear::emulated::check;
 using gear::emulated::Device;
 using gear::emulated::normal;
 
-// Two rows of two heads over one key/value head; the second row is inert. Positions are base + counter.
+// Two rows of two heads over one key/value head; the second row is inert.
 template <class T>
 void attend(int dtype, std::int64_t splits) {
   constexpr std::int64_t heads = 2, d = 12, padded = 16, entries = 72, slots_ = 2, position = 68;
@@ -25,16 +25,16 @@ void attend(int dtype, std::int64_t splits) {
   for (const float x : wide) qkv.push_back(from_float<T>(x));
   for (const float x : cached) cached_before.push_back(from_float<T>(x));
   const std::vector<float> prefix_bias{0.0f, 1.5f};
-  const std::int64_t base = 60, chunks = chunk_count(entries);
+  const std::int64_t chunks = chunk_count(entries);
   const Device<T> qkv_at(qkv), cache_at(cached_before), out_at(2 * heads * d);
   const Device<float> bias(prefix_bias), rope_at(rope), stored(2 * heads * chunks * (d + 2));
-  const Device<std::int64_t> slots({1, -1}), positions({base, 0}), counter(std::vector<std::int64_t>{position - base});
+  const Device<std::int64_t> slots({1, -1}), positions({position, 0});
   const Device<int> arrived(std::vector<int>(2 * heads));
   gear::emulated::arrive_late(qkv_at, qkv.size());
   cuda::decode_attention(qkv_at.data(), dtype, (heads + 2) * d, 2, heads, 1, d, cache_at.data(),
                          cache_at.data() + slots_ * entries * padded, dtype, slots_, entries, entries * padded,
                          entries * padded, padded, nullptr, nullptr, 0, 0, bias.data(), slots.data(), positions.data(),
-                         counter.data(), rope_at.data(), out_at.data(), splits, stored.data(), arrived.data(), nullptr);
+                         rope_at.data(), out_at.data(), splits, stored.data(), arrived.data(), nullptr);
   const std::vector<T> out = out_at.values(), cache = cache_at.values();
   const T* key_rows = cache.data() + entries * padded;
   const T* value_rows = key_rows + slots_ * entries * padded;
@@ -61,7 +61,7 @@ void attend(int dtype, std::int64_t splits) {
       check(to_float(out[(heads + h) * d + i]) == 0.0f, "an inert row gives zeros");
     }
   }
-  for (const int count : arrived.values()) check(count == 0, "counters are left at zero");
+  for (const int count : arrived.values()) check(count == 0, "arrivals are left at zero");
 }
 
 // A state that is merged in order equals one softmax over everything.
