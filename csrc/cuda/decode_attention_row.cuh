@@ -64,7 +64,8 @@ __device__ void prepare(const Attend& call, const Head& at, int vector, Shared& 
   const int heads_before = vector == 0 ? at.head : call.n_head + (vector - 1) * call.n_kv_head + at.kv_head;
   const std::int64_t start = at.row * call.qkv_stride + static_cast<std::int64_t>(heads_before) * d;
   const float* rope = call.rope + static_cast<std::int64_t>(at.position) * d;
-  float x[kMaxHeadDim / 32], largest = 0.0f;
+  float x[kMaxHeadDim / 32];
+  std::int32_t largest = 0;  // |x| compared as integers: what is no number is the largest
 #pragma unroll
   for (int step = 0; step < kMaxHeadDim / 64; ++step) {
     const int i = 2 * (lane + 32 * step);
@@ -80,13 +81,13 @@ __device__ void prepare(const Attend& call, const Head& at, int vector, Shared& 
     }
     x[2 * step] = even;
     x[2 * step + 1] = odd;
-    largest = fmaxf(largest, fmaxf(fabsf(even), fabsf(odd)));
+    largest = max(largest, max(float_bits(even) & 0x7fffffff, float_bits(odd) & 0x7fffffff));
   }
   float divisor = 1.0f;
   bool zeros = false;
   if constexpr (sizeof(T) == 1) {
     if (vector > 0) {
-      const float16 scale = from_float<float16>(warp_max(largest) / 448.0f);
+      const float16 scale = from_float<float16>(bits_float(__reduce_max_sync(kWarp, largest)) / 448.0f);
       divisor = to_float(scale);
       zeros = !(divisor > 0.0f);
       if (lane == 0) (vector == 1 ? shared.new_k_scale : shared.new_v_scale) = scale;

@@ -116,17 +116,29 @@ def test_bits_do_not_depend_on_batch_or_split(run: Run, cache_dtype: torch.dtype
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "fp8"])
 @pytest.mark.parametrize("vector", [0, 2, 3])
 def test_numbers_that_are_none_reach_the_output(run: Run, kind: str, vector: int) -> None:
-    """One in a query (one of two heads), a key or a value, beside rows that do not notice; in the second chunk too."""
+    """One in a query (one of two heads), a key or a value, beside rows that do not notice; in the second chunk too.
+
+    In an fp8 cache the scale of a vector is none then, and all of its numbers with it.
+    """
     dtype = torch.float32 if kind == "fp8" else getattr(torch, kind)
     case = Case([1, 0], [3, 70], 32, (2, 1), dtype, op.FP8 if kind == "fp8" else None)
     operands, scales = case.operands()
     operands[0][1, vector * 32 + 5] = float("nan")
     out = run(*operands, splits=2, **scales).view(2, 2, 32).isfinite()
     assert out[0].all()
-    noticed = {0: out[1, 0], 2: out[1], 3: out[1, :, 5]}[vector]
+    noticed = {0: out[1, 0], 2: out[1], 3: out[1] if kind == "fp8" else out[1, :, 5]}[vector]
     assert not noticed.any()
-    if kind != "fp8":  # there the scale of a value may take its neighbours along
-        assert int(out[1].sum()) == out[1].numel() - noticed.numel()
+    assert int(out[1].sum()) == out[1].numel() - noticed.numel()
+    if kind == "fp8" and vector > 0:
+        expected_operands, expected_scales = case.operands()
+        expected_operands[0][1, vector * 32 + 5] = float("nan")
+        op.reference(*expected_operands, **expected_scales)
+        cache, scale = vector - 1, ("k_scale", "v_scale")[vector - 2]
+        entry = (0, 0, 71)  # slot, head, entry of position 70
+        assert expected_scales[scale][entry].isnan()
+        assert scales[scale][entry].isnan()
+        stored, expected = (x[cache].view(torch.uint8)[entry] for x in (operands, expected_operands))
+        assert torch.equal(stored, expected)
 
 
 def test_caches_that_are_not_made_of_words_are_refused(run: Run) -> None:
