@@ -97,11 +97,12 @@ inline std::uint32_t positive_bits(Vec x, Vec& sign) {
   return positive;
 }
 
-// Lane i of `even` and `odd`: elements 2 i and 2 i + 1 of p.
-inline void load_pairs(const bf16* p, Vec& even, Vec& odd) {
-  const __m512i both = _mm512_loadu_si512(p);
-  even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-  odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+// Lane i: element 2 i of p.
+inline Vec load_even(const bf16* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+// Lane i: element 2 i + 1 of p.
+inline Vec load_odd(const bf16* p) {
+  const __m512i odd = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), odd));
 }
 
 // Lane i of the result: the sum of a[i]'s lanes.
@@ -153,10 +154,13 @@ inline std::uint32_t positive_bits(Vec x, Vec& sign) {
   return static_cast<std::uint32_t>(_mm256_movemask_ps(positive));
 }
 
-inline void load_pairs(const bf16* p, Vec& even, Vec& odd) {
+inline Vec load_even(const bf16* p) {
   const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-  odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+}
+inline Vec load_odd(const bf16* p) {
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
 inline Vec sum_each(const Vec (&a)[kLanes]) {
@@ -213,10 +217,8 @@ inline std::uint32_t positive_bits(Vec x, Vec& sign) {
   return bits;
 }
 
-inline void load_pairs(const bf16* p, Vec& even, Vec& odd) {
-  even = Vec{to_float(p[0]), to_float(p[2]), to_float(p[4]), to_float(p[6])};
-  odd = Vec{to_float(p[1]), to_float(p[3]), to_float(p[5]), to_float(p[7])};
-}
+inline Vec load_even(const bf16* p) { return Vec{to_float(p[0]), to_float(p[2]), to_float(p[4]), to_float(p[6])}; }
+inline Vec load_odd(const bf16* p) { return Vec{to_float(p[1]), to_float(p[3]), to_float(p[5]), to_float(p[7])}; }
 
 inline Vec sum_each(const Vec (&a)[kLanes]) {
   Vec sums = zero();

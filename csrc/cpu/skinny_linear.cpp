@@ -172,16 +172,24 @@ void store_row(const Linear& call, std::int64_t row, std::int64_t first, int n, 
   }
 }
 
-void compute_block(const Linear& call, const Operand& operand, TileKernel kernel, std::int64_t first, int n) {
+// `next`: the first column of the block that the thread is likely to compute after this one.
+void compute_block(const Linear& call, const Operand& operand, TileKernel kernel, std::int64_t first, int n,
+                   std::int64_t next) {
   Tile tile, gate;
-  for (std::int64_t row = 0; row < call.rows; row += kTileRows) {
-    const int n_rows = static_cast<int>(call.rows - row < kTileRows ? call.rows - row : kTileRows);
-    kernel(TileTask{&call, &operand, call.weight, call.scales, row, n_rows, first, n}, tile);
-    if (call.gate != nullptr) {
-      kernel(TileTask{&call, &operand, call.gate, call.gate_scales, row, n_rows, first, n}, gate);
-      for (int r = 0; r < n_rows; ++r) gate_row(tile.values[r], gate.values[r], n);
+  // Tiles as equal as can be: the last of them is not for a single row.
+  const std::int64_t n_tiles = (call.rows + kTileRows - 1) / kTileRows;
+  for (std::int64_t i = 0, row = 0, n_rows; i < n_tiles; ++i, row += n_rows) {
+    n_rows = (call.rows - row) / (n_tiles - i);
+    const int n_now = static_cast<int>(n_rows);
+    const std::int64_t after = i + 1 < n_tiles ? first : next;
+    if (call.gate == nullptr) {
+      kernel(TileTask{&call, &operand, call.weight, call.scales, row, n_now, first, n, call.weight, after}, tile);
+    } else {
+      kernel(TileTask{&call, &operand, call.weight, call.scales, row, n_now, first, n, call.gate, first}, tile);
+      kernel(TileTask{&call, &operand, call.gate, call.gate_scales, row, n_now, first, n, call.weight, after}, gate);
+      for (int r = 0; r < n_now; ++r) gate_row(tile.values[r], gate.values[r], n);
     }
-    for (int r = 0; r < n_rows; ++r) store_row(call, row + r, first, n, tile.values[r]);
+    for (int r = 0; r < n_now; ++r) store_row(call, row + r, first, n, tile.values[r]);
   }
 }
 
@@ -194,10 +202,12 @@ void linear(const Linear& call) {
   std::int64_t width = in_place(call.kind) ? 16 : kTileColumns;
   while (width > kPanelColumns && call.out_features < 4 * width * num_threads()) width /= 2;
   const std::int64_t n_blocks = (call.out_features + width - 1) / width;
+  const std::int64_t step = width * num_threads();
   parallel_for(n_blocks, [&](std::int64_t block) {
     const std::int64_t first = block * width;
     const std::int64_t left = call.out_features - first;
-    compute_block(call, operand, kernel, first, static_cast<int>(left < width ? left : width));
+    compute_block(call, operand, kernel, first, static_cast<int>(left < width ? left : width),
+                  step < left ? first + step : first);
   });
 }
 

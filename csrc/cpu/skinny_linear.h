@@ -59,6 +59,9 @@ struct TileTask {
   int n_rows;
   std::int64_t first_column;
   int n_columns;
+  // What the thread is likely to multiply with after this.
+  const void* next_weight;
+  std::int64_t next_column;
 };
 
 // Memory of the calling thread, 64-byte aligned, valid until its next request under the same `purpose`.

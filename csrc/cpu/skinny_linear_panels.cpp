@@ -8,9 +8,16 @@
 namespace gear::GEAR_ISA {
 namespace {
 
-constexpr int kBf16Rows = 4;  // rows at once
+// Rows at once. Six by two vectors of AVX2 leave four of its registers: two of weights, one of x and a mask.
+constexpr int kBf16Rows = kLanes == 8 ? 6 : 4;
 constexpr int kInt8Rows = 4;
 constexpr int kAhead = 4096;  // bytes; hides the latency that the hardware's prefetcher leaves
+
+// Weights to fetch meanwhile: `step` bytes for every line of the product.
+struct Ahead {
+  const char* weight;
+  std::int64_t step;
+};
 
 template <class Bits>
 inline Bits group_at(const void* x) {
@@ -22,10 +29,23 @@ inline Bits group_at(const void* x) {
 // ---- bf16
 // ------------------------------------------------------------------------------------------------------------
 
+// total += w * x.
+inline void add_product(Vec w, Vec x, Vec& total) {
+#ifdef GEAR_ISA_avx2
+  // Spelt out: GCC 12 chooses forms of the instruction that overwrite x or w, and keeps sums in memory for want of
+  // registers. The copy keeps `total`, which may be an array's element, out of memory.
+  Vec sum = total;
+  __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
+  total = sum;
+#else
+  total = fma(w, x, total);
+#endif
+}
+
 // x in fp32, already rounded to bf16: a broadcast is then one load. An accumulator's sums wait for each other, so that
 // few rows take two panels abreast.
 template <int kRows, int kPanels>
-void bf16_panels(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, float* out) {
+void bf16_panels(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, Ahead ahead, float* out) {
   constexpr int kVectors = static_cast<int>(kPanelColumns) / kLanes;
   const std::int64_t panel_bytes = lines * kLineBytes;
   Vec total[kPanels][kVectors][kRows];
@@ -38,21 +58,23 @@ void bf16_panels(const char* panel, std::int64_t lines, const char* x, std::int6
   for (std::int64_t line = 0; line < lines; ++line) {
 #pragma GCC unroll 2
     for (int p = 0; p < kPanels; ++p) {
-      const char* at = panel + p * panel_bytes + line * kLineBytes;
-      __builtin_prefetch(at + kAhead);
-      // All even k, then all odd ones: few registers besides the accumulators.
-      Vec w[2][kVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v)
-        load_pairs(reinterpret_cast<const bf16*>(at) + 2 * v * kLanes, w[0][v], w[1][v]);
+      const auto* at = reinterpret_cast<const bf16*>(panel + p * panel_bytes + line * kLineBytes);
+      __builtin_prefetch(ahead.weight + p * panel_bytes + line * ahead.step);
+      // All even k, then all odd ones, whose weights are loaded again: few registers besides the accumulators.
 #pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i)
+      for (int i = 0; i < 2; ++i) {
+        Vec w[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v)
+          w[v] = i == 0 ? load_even(at + 2 * v * kLanes) : load_odd(at + 2 * v * kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           const Vec value = splat(reinterpret_cast<const float*>(x + r * stride)[line * 2 + i]);
 #pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) total[p][v][r] = fma(w[i][v], value, total[p][v][r]);
+          for (int v = 0; v < kVectors; ++v) add_product(w[v], value, total[p][v][r]);
         }
+        __asm__("" : "+r"(at));  // or the compiler would keep what it loaded
+      }
     }
   }
   for (int r = 0; r < kRows; ++r)
@@ -63,11 +85,11 @@ void bf16_panels(const char* panel, std::int64_t lines, const char* x, std::int6
 #ifdef GEAR_ISA_avx512
 template <int kRows>
 __attribute__((target("avx512bf16"))) void bf16_panel_dot(const char* panel, std::int64_t lines, const char* x,
-                                                          std::int64_t stride, float* out) {
+                                                          std::int64_t stride, Ahead ahead, float* out) {
   __m512 total[kRows];
   for (__m512& v : total) v = _mm512_setzero_ps();
   for (std::int64_t line = 0; line < lines; ++line) {
-    __builtin_prefetch(panel + line * kLineBytes + kAhead);
+    __builtin_prefetch(ahead.weight + line * ahead.step);
     const __m512bh w = (__m512bh)_mm512_loadu_si512(panel + line * kLineBytes);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
@@ -92,7 +114,8 @@ inline void add_products(__m256i w, __m256i x, __m256i& total) {
 // kParts times four columns from `panel` on, x widened to 16 bits. Products are added in pairs: two int32 per column,
 // joined at the end.
 template <int kRows, int kParts>
-inline void int8_columns(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, std::int32_t* out) {
+inline void int8_columns(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, Ahead ahead,
+                         std::int32_t* out) {
   __m256i total[kRows][kParts];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
@@ -100,7 +123,7 @@ inline void int8_columns(const char* panel, std::int64_t lines, const char* x, s
     for (int part = 0; part < kParts; ++part) total[r][part] = _mm256_setzero_si256();
   for (std::int64_t line = 0; line < lines; ++line) {
     const char* p = panel + line * kLineBytes;
-    __builtin_prefetch(p + kAhead);
+    __builtin_prefetch(ahead.weight + line * ahead.step);
     __m256i group[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) group[r] = _mm256_set1_epi64x(group_at<std::int64_t>(x + r * stride + line * 8));
@@ -123,14 +146,15 @@ inline void int8_columns(const char* panel, std::int64_t lines, const char* x, s
 
 // As many accumulators as the registers hold.
 template <int kRows>
-void int8_panel(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, std::int32_t* out) {
+void int8_panel(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, Ahead ahead,
+                std::int32_t* out) {
   constexpr int kParts = kRows * 4 <= 12 ? 4 : 2;
   for (int part = 0; part < 4; part += kParts)
-    int8_columns<kRows, kParts>(panel + part * 16, lines, x, stride, out + part * 4);
+    int8_columns<kRows, kParts>(panel + part * 16, lines, x, stride, ahead, out + part * 4);
 }
 #else
 template <int kRows>
-void int8_panel(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, std::int32_t* out) {
+void int8_panel(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, Ahead, std::int32_t* out) {
   const auto* weights = reinterpret_cast<const std::int8_t*>(panel);
   for (int r = 0; r < kRows; ++r) {
     const auto* values = reinterpret_cast<const std::int16_t*>(x + r * stride);
@@ -147,12 +171,12 @@ void int8_panel(const char* panel, std::int64_t lines, const char* x, std::int64
 // VNNI multiplies unsigned by signed bytes: x + 128 goes in, 128 times the weights' sum comes off again.
 template <int kRows>
 __attribute__((target("avx512vnni"))) void int8_panel_dot(const char* panel, std::int64_t lines, const char* x,
-                                                          std::int64_t stride, std::int32_t* out) {
+                                                          std::int64_t stride, Ahead ahead, std::int32_t* out) {
   const __m512i offset = _mm512_set1_epi8(static_cast<char>(0x80));
   __m512i total[kRows], weight_sum = _mm512_setzero_si512();
   for (__m512i& v : total) v = _mm512_setzero_si512();
   for (std::int64_t line = 0; line < lines; ++line) {
-    __builtin_prefetch(panel + line * kLineBytes + kAhead);
+    __builtin_prefetch(ahead.weight + line * ahead.step);
     const __m512i w = _mm512_loadu_si512(panel + line * kLineBytes);
     weight_sum = _mm512_dpbusd_epi32(weight_sum, offset, w);
 #pragma GCC unroll 4
@@ -169,30 +193,34 @@ __attribute__((target("avx512vnni"))) void int8_panel_dot(const char* panel, std
 // ---- a tile
 // ----------------------------------------------------------------------------------------------------------
 
-using PanelKernel = void (*)(const char*, std::int64_t, const char*, std::int64_t, void*);
+using PanelKernel = void (*)(const char*, std::int64_t, const char*, std::int64_t, Ahead, void*);
 
 template <int kRows>
-void run_bf16(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, void* out) {
+void run_bf16(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, Ahead ahead, void* out) {
 #ifdef GEAR_ISA_avx512
-  if (has_avx512_bf16()) return bf16_panel_dot<kRows>(panel, lines, x, stride, static_cast<float*>(out));
+  if (has_avx512_bf16()) return bf16_panel_dot<kRows>(panel, lines, x, stride, ahead, static_cast<float*>(out));
 #endif
-  bf16_panels<kRows, 1>(panel, lines, x, stride, static_cast<float*>(out));
+  bf16_panels<kRows, 1>(panel, lines, x, stride, ahead, static_cast<float*>(out));
 }
 
 template <int kRows>
-void run_bf16_pair(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, void* out) {
-  bf16_panels<kRows, 2>(panel, lines, x, stride, static_cast<float*>(out));
+void run_bf16_pair(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, Ahead ahead, void* out) {
+  bf16_panels<kRows, 2>(panel, lines, x, stride, ahead, static_cast<float*>(out));
 }
 
 template <int kRows>
-void run_int8(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, void* out) {
+void run_int8(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, Ahead ahead, void* out) {
 #ifdef GEAR_ISA_avx512
-  if (has_avx512_vnni()) return int8_panel_dot<kRows>(panel, lines, x, stride, static_cast<std::int32_t*>(out));
+  if (has_avx512_vnni()) return int8_panel_dot<kRows>(panel, lines, x, stride, ahead, static_cast<std::int32_t*>(out));
 #endif
-  int8_panel<kRows>(panel, lines, x, stride, static_cast<std::int32_t*>(out));
+  int8_panel<kRows>(panel, lines, x, stride, ahead, static_cast<std::int32_t*>(out));
 }
 
-constexpr PanelKernel kBf16Kernels[] = {&run_bf16<1>, &run_bf16<2>, &run_bf16<3>, &run_bf16<4>};
+constexpr PanelKernel kBf16Kernels[] = {&run_bf16<1>, &run_bf16<2>, &run_bf16<3>, &run_bf16<4>,
+#if defined(GEAR_ISA_avx2)
+                                        &run_bf16<5>, &run_bf16<6>
+#endif
+};
 constexpr PanelKernel kInt8Kernels[] = {&run_int8<1>, &run_int8<2>, &run_int8<3>, &run_int8<4>};
 // For as few rows, where two panels remain.
 constexpr PanelKernel kBf16Pairs[] = {&run_bf16_pair<1>, &run_bf16_pair<2>, &run_bf16_pair<3>};
@@ -222,22 +250,32 @@ void linear_panels(const TileTask& task, Tile& tile) {
   const std::int64_t bytes = is_int8 ? 1 : 2;
   const std::int64_t panel_bytes = packed_panel_bytes(task.call->in_features, bytes);
   const char* weight = static_cast<const char*>(task.weight) + task.first_column / kPanelColumns * panel_bytes;
+  const char* next_weight = static_cast<const char*>(task.next_weight) + task.next_column / kPanelColumns * panel_bytes;
   const char* x = static_cast<const char*>(task.operand->data) + task.first_row * task.operand->stride;
   const PanelKernel* kernels = is_int8 ? kInt8Kernels : kBf16Kernels;
   const int rows_at_once = is_int8 ? kInt8Rows : kBf16Rows;
+  const int n_blocks = (task.n_rows + rows_at_once - 1) / rows_at_once;
   const std::int64_t lines = panel_bytes / kLineBytes, stride = task.operand->stride;
   const bool pairs = task.operand->wide && !is_int8 && task.n_rows <= kPairRows;
   for (int column = 0, width; column < task.n_columns; column += width) {
     const char* panel = weight + column / kPanelColumns * panel_bytes;
     width = kPanelColumns;
     if (pairs && column + kPanelColumns < task.n_columns) {
-      kBf16Pairs[task.n_rows - 1](panel, lines, x, stride, &tile.values[0][column]);
+      kBf16Pairs[task.n_rows - 1](panel, lines, x, stride, Ahead{panel + kAhead, kLineBytes}, &tile.values[0][column]);
       width = 2 * kPanelColumns;
       continue;
     }
-    for (int r = 0; r < task.n_rows; r += rows_at_once) {
-      const int n = task.n_rows - r < rows_at_once ? task.n_rows - r : rows_at_once;
-      kernels[n - 1](panel, lines, x + r * stride, stride, &tile.values[r][column]);
+    const char* next = column + width < task.n_columns ? panel + panel_bytes : next_weight;
+    for (int block = 0, r = 0, n; block < n_blocks; ++block, r += n) {
+      n = (task.n_rows - r) / (n_blocks - block);
+      // Of several blocks of rows the first would wait for memory while the others ask nothing of it, did not each of
+      // them fetch a part of the next panel.
+      Ahead ahead{panel + kAhead, kLineBytes};
+      if (n_blocks > 1 && task.operand->wide) {
+        ahead.step = kLineBytes / n_blocks;
+        ahead.weight = next + block * lines * ahead.step;
+      }
+      kernels[n - 1](panel, lines, x + r * stride, stride, ahead, &tile.values[r][column]);
     }
   }
   if (is_int8) scale_int8_products(task, tile);
