@@ -10,7 +10,7 @@ namespace {
 
 // Rows at once. Six by two vectors of AVX2 leave four of its registers: two of weights, one of x and a mask.
 constexpr int kBf16Rows = kLanes == 8 ? 6 : 4;
-constexpr int kInt8Rows = 4;
+constexpr int kInt8Rows = kLanes == 8 ? 6 : 4;
 constexpr int kAhead = 4096;  // bytes; hides the latency that the hardware's prefetcher leaves
 
 // Weights to fetch meanwhile: `step` bytes for every line of the product.
@@ -107,8 +107,9 @@ __attribute__((target("avx512bf16"))) void bf16_panel_dot(const char* panel, std
 // total += products of 16-bit numbers, added in pairs. Spelt out: left to itself GCC 12 makes all products before it
 // adds the first, and keeps sums in memory for want of registers.
 inline void add_products(__m256i w, __m256i x, __m256i& total) {
-  __m256i products;
-  __asm__("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(total), "=&x"(products) : "x"(w), "x"(x));
+  __m256i products, sum = total;  // a copy, as in add_product
+  __asm__("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(w), "x"(x));
+  total = sum;
 }
 
 // kParts times four columns from `panel` on, x widened to 16 bits. Products are added in pairs: two int32 per column,
@@ -117,30 +118,32 @@ template <int kRows, int kParts>
 inline void int8_columns(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, Ahead ahead,
                          std::int32_t* out) {
   __m256i total[kRows][kParts];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
     for (int part = 0; part < kParts; ++part) total[r][part] = _mm256_setzero_si256();
   for (std::int64_t line = 0; line < lines; ++line) {
     const char* p = panel + line * kLineBytes;
     __builtin_prefetch(ahead.weight + line * ahead.step);
-    __m256i group[kRows];
+    __m256i w[kParts];
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) group[r] = _mm256_set1_epi64x(group_at<std::int64_t>(x + r * stride + line * 8));
+    for (int part = 0; part < kParts; ++part)
+      w[part] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + part * 16)));
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const __m256i group = _mm256_set1_epi64x(group_at<std::int64_t>(x + r * stride + line * 8));
 #pragma GCC unroll 4
-    for (int part = 0; part < kParts; ++part) {
-      const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + part * 16)));
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) add_products(w, group[r], total[r][part]);
+      for (int part = 0; part < kParts; ++part) add_products(w[part], group, total[r][part]);
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-    for (int part = 0; part < kParts; ++part) {
-      alignas(32) std::int32_t pairs[8];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), total[r][part]);
-      for (int c = 0; c < 4; ++c) out[r * kTileColumns + part * 4 + c] = pairs[2 * c] + pairs[2 * c + 1];
+#pragma GCC unroll 2
+    for (int part = 0; part < kParts; part += 2) {
+      // Sums of neighbours come as columns 0 1 4 5, 2 3 6 7.
+      const __m256i joined = _mm256_hadd_epi32(total[r][part], total[r][part + 1]);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + r * kTileColumns + part * 4),
+                          _mm256_permute4x64_epi64(joined, 0xd8));
     }
 }
 
@@ -148,9 +151,12 @@ inline void int8_columns(const char* panel, std::int64_t lines, const char* x, s
 template <int kRows>
 void int8_panel(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, Ahead ahead,
                 std::int32_t* out) {
-  constexpr int kParts = kRows * 4 <= 12 ? 4 : 2;
-  for (int part = 0; part < 4; part += kParts)
+  constexpr int kParts = kRows * 4 <= 8 ? 4 : 2;
+  ahead.step /= 4 / kParts;  // a part of what is to be fetched in every pass
+  for (int part = 0; part < 4; part += kParts) {
     int8_columns<kRows, kParts>(panel + part * 16, lines, x, stride, ahead, out + part * 4);
+    ahead.weight += lines * ahead.step;
+  }
 }
 #else
 template <int kRows>
@@ -221,7 +227,11 @@ constexpr PanelKernel kBf16Kernels[] = {&run_bf16<1>, &run_bf16<2>, &run_bf16<3>
                                         &run_bf16<5>, &run_bf16<6>
 #endif
 };
-constexpr PanelKernel kInt8Kernels[] = {&run_int8<1>, &run_int8<2>, &run_int8<3>, &run_int8<4>};
+constexpr PanelKernel kInt8Kernels[] = {&run_int8<1>, &run_int8<2>, &run_int8<3>, &run_int8<4>,
+#if defined(GEAR_ISA_avx2)
+                                        &run_int8<5>, &run_int8<6>
+#endif
+};
 // For as few rows, where two panels remain.
 constexpr PanelKernel kBf16Pairs[] = {&run_bf16_pair<1>, &run_bf16_pair<2>, &run_bf16_pair<3>};
 constexpr int kPairRows = sizeof kBf16Pairs / sizeof *kBf16Pairs;
@@ -271,7 +281,7 @@ void linear_panels(const TileTask& task, Tile& tile) {
       // Of several blocks of rows the first would wait for memory while the others ask nothing of it, did not each of
       // them fetch a part of the next panel.
       Ahead ahead{panel + kAhead, kLineBytes};
-      if (n_blocks > 1 && task.operand->wide) {
+      if (task.operand->wide && (n_blocks > 1 || (is_int8 && task.n_rows > 2))) {
         ahead.step = kLineBytes / n_blocks;
         ahead.weight = next + block * lines * ahead.step;
       }
