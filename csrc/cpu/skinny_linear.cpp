@@ -99,9 +99,11 @@ void round_row(const float* wide, std::int64_t n_padded, float* out) {
   }
 }
 
-void prepare_row(const Linear& call, const Operand& operand, std::int64_t row, float* wide, std::int64_t n_padded) {
+void prepare_row(const Linear& call, const Operand& operand, std::int64_t row, std::int64_t n_padded) {
   char* out = static_cast<char*>(operand.data) + row * operand.stride;
-  if (in_place(call.kind)) wide = reinterpret_cast<float*>(out);
+  // Memory of this thread: what another one wrote there before would have to be fetched from its core.
+  const auto bytes = static_cast<std::size_t>(n_padded) * sizeof(float);
+  float* wide = reinterpret_cast<float*>(in_place(call.kind) ? out : scratch(Scratch::wide_row, bytes));
   if (call.activation == Dtype::f32) {
     widen_row<float>(call, row, wide, n_padded);
   } else {
@@ -123,11 +125,9 @@ Operand prepare(const Linear& call, bool wide_operand) {
   const std::int64_t stride = n_padded * bytes + 64;
   const std::int64_t data_bytes = (call.rows * stride + 63) / 64 * 64;
   const std::int64_t scale_bytes = (call.rows * 4 + 63) / 64 * 64;
-  char* memory = static_cast<char*>(
-      scratch(Scratch::operand, static_cast<std::size_t>(data_bytes + scale_bytes + call.rows * n_padded * 4)));
+  char* memory = static_cast<char*>(scratch(Scratch::operand, static_cast<std::size_t>(data_bytes + scale_bytes)));
   const Operand operand{memory, reinterpret_cast<float*>(memory + data_bytes), stride, wide_operand};
-  float* wide = reinterpret_cast<float*>(memory + data_bytes + scale_bytes);
-  const auto one_row = [&](std::int64_t row) { prepare_row(call, operand, row, wide + row * n_padded, n_padded); };
+  const auto one_row = [&](std::int64_t row) { prepare_row(call, operand, row, n_padded); };
   if (call.rows * call.in_features < 8192) {
     for (std::int64_t row = 0; row < call.rows; ++row) one_row(row);
   } else {

@@ -65,7 +65,7 @@ struct TileTask {
 };
 
 // Memory of the calling thread, 64-byte aligned, valid until its next request under the same `purpose`.
-enum class Scratch : int { operand = 0, attention = 1, hidden = 2, sampler = 3, convolution = 4, count = 5 };
+enum class Scratch : int { operand, wide_row, attention, hidden, sampler, convolution, count };
 void* scratch(Scratch purpose, std::size_t bytes);
 
 namespace cpu {
