@@ -238,23 +238,23 @@ class Pipeline:
             sample_logits=sample_logits,
         )
         if prompt is not None:
-            captions = self._encode(prompt, params.uses_guidance)
+            captions = self._encode(prompt, params.uses_guidance, 1 if generator is None else self.max_images)
         given = inputs.label_list(class_labels) if captions is None else captions
         condition = inputs.repeat(given, num_images_per_prompt)
         decoding = Decoding(self.tokenizer, self._decoder, self.decode_batch, output_type)
         tokens = self._sample(condition, params, seeds, generator, callback_on_step_end, decoding)
         return PipelineOutput(decoding.images(tokens), tokens)
 
-    def _encode(self, prompt: str | Sequence[str], guided: bool) -> TextCondition:
+    def _encode(self, prompt: str | Sequence[str], guided: bool, batch: int) -> TextCondition:
+        """Of ``batch`` prompts at a time: the encoder may round each as its company is, so 1 where that must not be."""
         if self.text_encoder is None:
             own = f"{self._trained_with!r} (the checkpoint's own)" if self._trained_with else ""
             raise InvalidRequestError(f"this pipeline has no text encoder: give text_encoder={own}, or pass captions=")
-        features = self.text_encoder.encode(prompt)
-        if self.generator.config.learned_uncond or not guided:
-            return inputs.encoded(features, None, self.device)
-        if self._empty_caption is None:
+        features = self.text_encoder.encode(prompt, batch_size=batch)
+        needs_empty = guided and not self.generator.config.learned_uncond
+        if needs_empty and self._empty_caption is None:
             self._empty_caption = self.text_encoder.encode("")
-        return inputs.encoded(features, self._empty_caption, self.device)
+        return inputs.encoded(features, self._empty_caption if needs_empty else None, self.device)
 
     def _sample(
         self,

@@ -110,6 +110,9 @@ class TextEncoder:
     def encode(self, prompts: str | Sequence[str], *, batch_size: int = 32) -> CaptionFeatures:
         """States and masks of ``prompts``; ``batch_size`` prompts go through the tower at a time.
 
+        The tower is a model of transformers, whose rounding may follow how many prompts it is given: with a
+        ``batch_size`` of 1, a caption's states do not depend on the prompts beside it.
+
         Every caption is padded to ``max_length`` and the padded rows are encoded too: the state of the last row gives
         the first image token's logits even when it is padding.
 

@@ -48,8 +48,16 @@ class Tower(nn.Module):
         self.config = SimpleNamespace(hidden_size=20)
         self.words = nn.Embedding(12, 20)
         self.places = nn.Parameter(torch.randn(6, 20))
-        self.calls = 0
+        self.batches: list[int] = []
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
-        self.calls += 1
+        self.batches.append(len(input_ids))
         return SimpleNamespace(last_hidden_state=self.words(input_ids) + self.places)
+
+
+class TowerThatSeesItsBatch(Tower):
+    """One whose states follow the number of prompts, as the rounding of a real one may, only more."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        found = super().forward(input_ids, attention_mask)
+        return SimpleNamespace(last_hidden_state=found.last_hidden_state * len(input_ids))

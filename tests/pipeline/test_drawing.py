@@ -17,7 +17,14 @@ from gear_engine.pipeline import Pipeline
 from gear_engine.pipeline_inputs import label_list, seed_list
 from gear_engine.text_encoders import QwenTextEncoder, T5TextEncoder
 from gear_engine.tokenizers import Tokenizer, to_uint8
-from tests.pipeline.models import GEAR_TEXT_CONFIG, LLAMAGEN_TEXT_CONFIG, Tower, WordTokenizer, make_generator
+from tests.pipeline.models import (
+    GEAR_TEXT_CONFIG,
+    LLAMAGEN_TEXT_CONFIG,
+    Tower,
+    TowerThatSeesItsBatch,
+    WordTokenizer,
+    make_generator,
+)
 
 
 def test_output_types(pipe: Pipeline) -> None:
@@ -149,10 +156,27 @@ def test_the_empty_caption_is_encoded_once(tokenizer: Tokenizer) -> None:
     pipe = Pipeline(make_generator(GEAR_TEXT_CONFIG), tokenizer, QwenTextEncoder(WordTokenizer(), tower, 6))
     pipe.set_progress_bar_config(disable=True)
     pipe(prompt="a cat", seeds=1, guidance_scale=1.0, output_type="latent")
-    assert tower.calls == 1
+    assert tower.batches == [1]
     pipe(prompt="a cat", seeds=1, output_type="latent")
     pipe(prompt="a dog", seeds=1, output_type="latent")
-    assert tower.calls == 4
+    assert tower.batches == [1] * 4
+
+
+def test_a_prompt_with_a_seed_does_not_depend_on_the_prompts_beside_it(tokenizer: Tokenizer) -> None:
+    """Under the official draws a batch is encoded together, as officially."""
+    tower = TowerThatSeesItsBatch()
+    pipe = Pipeline(
+        make_generator(GEAR_TEXT_CONFIG), tokenizer, QwenTextEncoder(WordTokenizer(), tower, 6), max_images=2
+    )
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["a blue cat", "dog", "an old red house"]
+    together = pipe(prompt=prompts, seeds=[1, 2, 3], output_type="latent").tokens
+    for index, prompt in enumerate(prompts):
+        alone = pipe(prompt=prompt, seeds=index + 1, output_type="latent").tokens
+        assert torch.equal(alone[0], together[index])
+    del tower.batches[:]
+    pipe(prompt=prompts, generator=torch.Generator().manual_seed(5), output_type="latent")
+    assert tower.batches == [2, 1]
 
 
 def test_llamagen_prompts(tokenizer: Tokenizer) -> None:
