@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from gear_engine.ops import native
 from gear_engine.report.facts import commit, device_facts, versions
 from gear_engine.report.statistics import summarize
 
@@ -27,7 +28,7 @@ __all__ = ["Ceilings", "alternate", "measure_ceilings", "provenance", "render", 
 _STREAM_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 _MATRIX = {"cpu": 1024, "cuda": 8192}
 #: dtypes of products, each narrower than those before it.
-RATE_ORDER = ("float32", "bfloat16", "int8")
+RATE_ORDER = ("float32", "bfloat16", "int8")  # as the enumeration in csrc/cpu/multiply_rate.h
 #: Seconds.
 _LONG_PRODUCT = 0.2
 
@@ -76,7 +77,7 @@ def alternate(
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What plain torch reaches here: read bandwidth in B/s, multiply rates in op/s (a multiply-add is two)."""
+    """What can be reached here: read bandwidth in B/s, multiply rates in op/s (a multiply-add is two)."""
 
     read_bandwidth: float
     multiply_rate: Mapping[str, float]
@@ -99,8 +100,8 @@ class Ceilings:
 def measure_ceilings(device: torch.device | str = "cpu", dtypes: Sequence[str] = ("float32",)) -> Ceilings:
     """The best of a few runs: a ceiling is what the machine can do, not what it does on average.
 
-    Bandwidth: the sum of 256 MiB (a GPU: 2 GiB) of int64, integers so that no arithmetic limits it. Rate: a square
-    matrix product; int8 into int32.
+    Bandwidth: the sum of 256 MiB (a GPU: 2 GiB) of int64, integers so that no arithmetic limits it. Rate: the faster
+    of a square matrix product by torch (int8 into int32) and, on a CPU, of products whose operands stay in registers.
     """
     device = torch.device(device)
     size = _STREAM_BYTES[device.type]
@@ -115,7 +116,7 @@ def _shortest(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def _multiply_rate(device: torch.device, dtype: str) -> float:
-    """Operations per second of a square product in ``dtype``.
+    """Operations per second in ``dtype``: of a square product, or of products in registers.
 
     A small one is tried first: where a CPU has no instructions for the dtype, a large one takes seconds. fp32 has them,
     and a busy machine may stretch a small product a hundred times.
@@ -131,6 +132,8 @@ def _multiply_rate(device: torch.device, dtype: str) -> float:
             matrix = torch.randn(edge, edge, device=device).to(getattr(torch, dtype))
             product = functools.partial(torch.matmul, matrix, matrix)
         rate = max(rate, 2.0 * edge**3 / _shortest(product, device))
+    if device.type == "cpu" and dtype in RATE_ORDER and native.unavailable("multiply_rate_cpu") is None:
+        rate = max(rate, native.cpu_kernels().multiply_rate_cpu(RATE_ORDER.index(dtype), 0.1))
     return rate
 
 

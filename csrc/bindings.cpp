@@ -8,6 +8,7 @@
 #include "cpu/dual_readout.h"
 #include "cpu/group_norm_silu.h"
 #include "cpu/isa.h"
+#include "cpu/multiply_rate.h"
 #include "cpu/parallel.h"
 #include "cpu/residual_moments.h"
 #include "cpu/sample_tokens.h"
@@ -55,6 +56,7 @@ PYBIND11_MODULE(_C, m) {
   op(m, "decode_steps_cpu", &gear::cpu::decode_steps);
   op(m, "dual_readout_backward_cpu", &gear::cpu::dual_readout_backward);
   op(m, "group_norm_silu_cpu", &gear::cpu::group_norm_silu);
+  op(m, "multiply_rate_cpu", &gear::cpu::multiply_rate);
   op(m, "philox_cpu", &gear::cpu::philox_noise);
   op(m, "residual_moments_cpu", &gear::cpu::residual_moments);
   op(m, "sample_tokens_cpu", &gear::cpu::sample_tokens);

@@ -3,6 +3,7 @@
 // every instruction set. Without dot products x comes widened too (Operand), so that no kernel converts it per panel.
 #include "common/packing.h"
 #include "cpu/simd.h"
+#include "cpu/simd_int8.h"
 #include "cpu/skinny_linear.h"
 
 namespace gear::GEAR_ISA {
@@ -104,14 +105,6 @@ __attribute__((target("avx512bf16"))) void bf16_panel_dot(const char* panel, std
 // ------------------------------------------------------------------------------------------------------------
 
 #if defined(GEAR_ISA_avx512) || defined(GEAR_ISA_avx2)
-// total += products of 16-bit numbers, added in pairs. Spelt out: left to itself GCC 12 makes all products before it
-// adds the first, and keeps sums in memory for want of registers.
-inline void add_products(__m256i w, __m256i x, __m256i& total) {
-  __m256i products, sum = total;  // a copy, as in add_product
-  __asm__("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(w), "x"(x));
-  total = sum;
-}
-
 // kParts times four columns from `panel` on, x widened to 16 bits. Products are added in pairs: two int32 per column,
 // joined at the end.
 template <int kRows, int kParts>
