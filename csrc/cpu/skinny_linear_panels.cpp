@@ -257,29 +257,34 @@ void linear_panels(const TileTask& task, Tile& tile) {
   const char* x = static_cast<const char*>(task.operand->data) + task.first_row * task.operand->stride;
   const PanelKernel* kernels = is_int8 ? kInt8Kernels : kBf16Kernels;
   const int rows_at_once = is_int8 ? kInt8Rows : kBf16Rows;
-  const int n_blocks = (task.n_rows + rows_at_once - 1) / rows_at_once;
+  // Few rows, and one or two beyond full blocks, go by pairs of panels; others by blocks as equal as can be.
+  const bool wide = task.operand->wide;
+  const int beyond = task.n_rows % rows_at_once;
+  const int paired = wide && !is_int8 && (task.n_rows <= kPairRows || beyond <= 2) ? beyond : 0;
+  const int unpaired = task.n_rows - paired;
+  const int n_blocks = (unpaired + rows_at_once - 1) / rows_at_once, n_parts = n_blocks + (paired > 0 ? 1 : 0);
   const std::int64_t lines = panel_bytes / kLineBytes, stride = task.operand->stride;
-  const bool pairs = task.operand->wide && !is_int8 && task.n_rows <= kPairRows;
-  for (int column = 0, width; column < task.n_columns; column += width) {
+  for (int column = 0, n_panels; column < task.n_columns; column += n_panels * kPanelColumns) {
     const char* panel = weight + column / kPanelColumns * panel_bytes;
-    width = kPanelColumns;
-    if (pairs && column + kPanelColumns < task.n_columns) {
-      kBf16Pairs[task.n_rows - 1](panel, lines, x, stride, Ahead{panel + kAhead, kLineBytes}, &tile.values[0][column]);
-      width = 2 * kPanelColumns;
-      continue;
-    }
-    const char* next = column + width < task.n_columns ? panel + panel_bytes : next_weight;
-    for (int block = 0, r = 0, n; block < n_blocks; ++block, r += n) {
-      n = (task.n_rows - r) / (n_blocks - block);
-      // Of several blocks of rows the first would wait for memory while the others ask nothing of it, did not each of
-      // them fetch a part of the next panel.
-      Ahead ahead{panel + kAhead, kLineBytes};
-      if (task.operand->wide && (n_blocks > 1 || (is_int8 && task.n_rows > 2))) {
-        ahead.step = kLineBytes / n_blocks;
-        ahead.weight = next + block * lines * ahead.step;
+    n_panels = paired > 0 && column + kPanelColumns < task.n_columns ? 2 : 1;
+    const char* next =
+        column + n_panels * kPanelColumns < task.n_columns ? panel + n_panels * panel_bytes : next_weight;
+    // The next panels are fetched meanwhile, a part by every block of rows: the first block would wait for memory while
+    // the others ask nothing of it. Dot products keep a fixed distance.
+    const auto ahead = [&](int p, int part) {
+      if (!wide) return Ahead{panel + kAhead, kLineBytes};
+      const std::int64_t step = kLineBytes / n_parts;
+      return Ahead{next + p * panel_bytes + part * lines * step, step};
+    };
+    for (int p = 0; p < n_panels; ++p)
+      for (int block = 0, r = 0, n; block < n_blocks; ++block, r += n) {
+        n = (unpaired - r) / (n_blocks - block);
+        kernels[n - 1](panel + p * panel_bytes, lines, x + r * stride, stride, ahead(p, block),
+                       &tile.values[r][column + p * kPanelColumns]);
       }
-      kernels[n - 1](panel, lines, x + r * stride, stride, ahead, &tile.values[r][column]);
-    }
+    if (paired > 0)
+      (n_panels == 2 ? kBf16Pairs : kBf16Kernels)[paired - 1](panel, lines, x + unpaired * stride, stride,
+                                                              ahead(0, n_blocks), &tile.values[unpaired][column]);
   }
   if (is_int8) scale_int8_products(task, tile);
 }
