@@ -68,8 +68,9 @@ def _ceilings(device: torch.device) -> dict[str, Any]:
         "bandwidth": found.read_bandwidth,
         "bandwidth_of": "torch's sum of int64: best over 256 MiB (GPU: 2 GiB), before and after, and of the controls",
         "rates": rates,
-        "rates_of": "torch's product of square matrices, edge up to 1024 (GPU: 8192), best of 9, or on a CPU products in "
-        "registers, if faster: before and after, and of the controls; bf16 and int8 at least that of the wider kinds, which they can be widened to",
+        "rates_of": "torch's product of square matrices, edge up to 1024 (GPU: 8192), best of 9, or of products in a "
+        "CPU's registers: before and after, and of the controls; bf16 and int8 at least that of the wider kinds, which "
+        "they can be widened to",
     }
 
 

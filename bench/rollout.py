@@ -8,8 +8,8 @@ compiled), and gear_engine in fp32, bf16, and int8 weights with bf16 activations
 happens before the first round and is reported on its own. ``x official`` divides the medians of the two;
 ``of_read_%`` is (weights + average cache) of a step over its best time and the read bandwidth measured in the same run,
 ``of_rate_%`` likewise the operations of its products alone over the multiply rate of the format (of a wider one, where
-the machine multiplies that faster). ``outside_torch_%`` is the share of our rollouts spent outside compiled calls with the
-draws of the timed rounds, ``outside_philox_%`` with Philox draws; both are measured in rollouts of their own.
+the machine multiplies that faster). ``outside_torch_%`` is the share of our rollouts spent outside compiled calls with
+the draws of the timed rounds, ``outside_philox_%`` with Philox draws; both are measured in rollouts of their own.
 
 In fp32 the tokens must equal the official ones: images that differ are counted (near ties may; see compare_official).
 For bf16 and int8, ``kl`` is the mean divergence KL(fp32 || format) of the guided distributions and ``equal_tokens_%``

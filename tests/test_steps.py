@@ -119,8 +119,8 @@ def test_torchs_draws_where_torch_draws_in_another_way() -> None:
     """An engine whose kernel would draw other numbers makes single steps."""
     engine = Engine(small_model(), max_images=2)
     expected = engine.generate([1, 2], SETTINGS[1], rng="torch", generator=torch.Generator().manual_seed(1))
-    object.__setattr__(engine.ops, "draws_as_torch", False)
-    object.__setattr__(engine.ops, "torch_exponential", torch_exponential.reference)
+    engine = Engine(small_model(), max_images=2, backend={"torch_exponential": "reference"})
+    assert engine.ops.torch_exponential is torch_exponential.reference
     made = _spied(engine)
     found = engine.generate([1, 2], SETTINGS[1], rng="torch", generator=torch.Generator().manual_seed(1))
     assert made == []

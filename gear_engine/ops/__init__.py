@@ -119,8 +119,11 @@ class GeneratorOps:
             implementation = backends.resolve(op, device, main_dtype, name, other=other)
             found[op] = implementation.load()
             chosen[op] = implementation.backend
-        plain = "reference" if backend == "reference" else "auto"
-        exponential = backends.resolve("torch_exponential", device, torch.float32, plain)
+        if isinstance(backend, str):
+            name = "reference" if backend == "reference" else "auto"  # few backends have this op
+        else:
+            name = backend.get("torch_exponential", "auto")
+        exponential = backends.resolve("torch_exponential", device, torch.float32, name)
         found |= {"torch_exponential": exponential.load(), "draws_as_torch": exponential.backend == "cpu"}
         if chosen["skinny_linear"] == chosen["decode_attention"] == "cpu":
             found["decode_step"] = backends.resolve("decode_step", device, dtype, "cpu", other=cache_dtype).load()
