@@ -5,9 +5,9 @@
 
 Every round runs each contestant once: the official ``generate`` and ``decode_code`` as shipped (fp32) and moved to bf16
 (with ``--compiled`` also compiled, both models; compiling happens before the first round and is reported), and
-gear_engine: fp32 weights and an fp32 :class:`Decoder`, bf16 and int8 weights with a bf16 one (fp32 where the machine
-has no bf16 convolutions; column ``decoder``). Weights are random and the same on every side, ``rng="torch"``. Images
-are made bytes on both sides. With fewer ``--tokens`` than a grid has, zeros fill it up.
+gear_engine after :meth:`Engine.warm_up`: fp32 weights and an fp32 :class:`Decoder`, bf16 and int8 weights with a bf16
+one (fp32 where the machine has no bf16 convolutions; column ``decoder``). Weights are random and the same on every
+side, ``rng="torch"``. Images are made bytes on both sides. With fewer ``--tokens`` than a grid has, zeros fill it up.
 
 A CPU without bf16 convolutions decodes with the official code in bf16 six times as slowly as in fp32: there that
 contestant is left out, and a line says so.
@@ -116,6 +116,7 @@ def contestants(
     decoders = {dtype: Decoder(tokenizer, dtype=dtype) for dtype in dtypes}
     for name, (dtype, kind) in peak_memory.FORMATS.items():
         engine = Engine(weights, max_images=len(labels), dtype=dtype, weight_format=kind, max_new_tokens=tokens)
+        engine.warm_up("torch")
         decoder = decoders[peak_memory.decode_dtype(name)]
         found[f"gear_engine {name}"] = Contestant(
             lambda engine=engine: engine.generate(labels, params, rng="torch", max_new_tokens=tokens),  # type: ignore[misc]

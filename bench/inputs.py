@@ -211,7 +211,8 @@ def official_generator(context: Context, weights: GeneratorWeights) -> tuple[Any
         )
     )  # fmt: skip
     names = list(expected_shapes(config))
-    state = dict(zip(names, _in_order(weights, names), strict=True))
+    # Copies, as in a process of its own: an engine may move the weights that it reads in place into large pages.
+    state = {name: weight.clone() for name, weight in zip(names, _in_order(weights, names), strict=True)}
     model.load_state_dict(state, strict=False, assign=True)
     missing = set(dict(model.named_parameters())) - set(state)
     if missing:

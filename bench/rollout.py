@@ -5,11 +5,12 @@
 Weights are random (matrices of variance 1 / in), the same on both sides; labels and draws follow one seed. Every round
 runs each contestant once: the official ``generate`` as shipped (fp32) and moved to bf16 (with ``--compiled`` also
 compiled), and gear_engine in fp32, bf16, and int8 weights with bf16 activations, all with ``rng="torch"``. Compiling
-happens before the first round and is reported on its own. ``x official`` divides the medians of the two;
-``of_read_%`` is (weights + average cache) of a step over its best time and the read bandwidth measured in the same run,
-``of_rate_%`` likewise the operations of its products alone over the multiply rate of the format (of a wider one, where
-the machine multiplies that faster). ``outside_torch_%`` is the share of our rollouts spent outside compiled calls with
-the draws of the timed rounds, ``outside_philox_%`` with Philox draws; both are measured in rollouts of their own.
+and :meth:`Engine.warm_up` come before the first round; compiling is reported on its own. ``x official`` divides the
+medians of the two; ``of_read_%`` is (weights + average cache) of a step over its best time and the read bandwidth
+measured in the same run, ``of_rate_%`` likewise the operations of its products alone over the multiply rate of the
+format (of a wider one, where the machine multiplies that faster). ``outside_torch_%`` is the share of our rollouts
+spent outside compiled calls with the draws of the timed rounds, ``outside_philox_%`` with Philox draws; both are
+measured in rollouts of their own.
 
 In fp32 the tokens must equal the official ones: images that differ are counted (near ties may; see compare_official).
 For bf16 and int8, ``kl`` is the mean divergence KL(fp32 || format) of the guided distributions and ``equal_tokens_%``
@@ -69,6 +70,8 @@ class Case:
             name: Engine(weights, max_images=images, dtype=dtype, weight_format=kind, max_new_tokens=tokens)
             for name, (dtype, kind) in peak_memory.FORMATS.items()
         }
+        for engine in engines.values():
+            engine.warm_up("torch")
         params = SamplingParams(cfg_scale=CFG_SCALE)
 
         def ours(engine: Engine) -> Callable[[], torch.Tensor]:

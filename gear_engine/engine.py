@@ -148,11 +148,13 @@ class Engine:
         self._steps.prefixes.forget()
 
     def warm_up(self, rng: RngMode = "philox") -> None:
-        """Prepares all that later calls may need, where decoding runs by programs: every bucket is captured now.
+        """Prepares what many later calls gain from: where decoding runs by programs, every bucket is captured now.
+        On a CPU weights that are read in place move into large pages, a few seconds per gigabyte (:mod:`.pages`).
 
         Raises OutOfMemoryError if the graphs do not fit.
         """
         with self._at_work():
+            self.weights.collapse()
             self._steps.prepare(self.weights, with_noise=rng == "torch")
 
     @property

@@ -10,6 +10,7 @@ from gear_engine.config import GeneratorConfig
 from gear_engine.errors import ConfigError
 from gear_engine.models.rope import rope_table
 from gear_engine.ops.decode_attention import FP8, quantize_entries
+from gear_engine.pages import LargePages
 
 __all__ = ["CacheDtype", "StaticKVCache", "resolve_cache_dtype"]
 
@@ -71,7 +72,7 @@ class StaticKVCache:
         self.max_tokens = max_tokens
         shape = self.shape(config, num_slots, max_tokens)
         # Zeros, not garbage: entries that a mask hides are still multiplied by a weight of 0.
-        stored = torch.zeros(*shape[:-1], _stored_head_dim(config, dtype), dtype=dtype, device=device)
+        stored = LargePages().zeros((*shape[:-1], _stored_head_dim(config, dtype)), dtype, device)
         self.kv = stored[..., : config.head_dim]
         self.scales = torch.zeros(shape[:-1], dtype=torch.float16, device=device) if dtype == FP8 else None
         self.prefix_bias = torch.zeros(num_slots, dtype=torch.float32, device=device)

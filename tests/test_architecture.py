@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS: tuple[frozenset[str], ...] = (
     # Kernels import nothing from above; ops loads a Triton kernel by name when it is chosen.
     frozenset({"errors", "_C", "triton_kernels"}),
-    frozenset({"caption_cleaning", "config", "cuda_graph", "files", "hub", "pretrained", "request"}),
+    frozenset({"caption_cleaning", "config", "cuda_graph", "files", "hub", "pages", "pretrained", "request"}),
     frozenset({"scheduler"}),
     frozenset({"ops", "segments"}),
     frozenset({"models", "metrics", "row_table", "text_encoders"}),

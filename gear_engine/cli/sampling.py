@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from gear_engine.cli.environment import parse_backend, pick_device, versions
 from gear_engine.cli.progress import Progress
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from gear_engine.engine import Engine
 
 __all__ = ["Plan", "Source", "build_engine", "log", "make_plan", "sample_all"]
+
+
+#: Images of a process from which on an engine on a CPU is warmed up: that takes about as long as it saves in ten.
+_WARM_UP_FROM: Final = 16
 
 
 class Source(Protocol):
@@ -186,6 +190,7 @@ def _sample_one(plan: Plan, source: Source, folder: RunFolder, draw: _Draw, open
         world.share(open_folder)
         share = strided(source.count, world.size, world.rank)
         label = f"sample (process 0 of {world.size})" if world.size > 1 else "sample"
+        draw.prepare(len(share))
         with Progress(len(share), label, visible=world.is_main) as progress:
             if world.is_main and plan.device.type == "cpu":  # On CUDA a step is too short to be worth a look.
                 draw.on_token = progress.token
@@ -234,6 +239,11 @@ class _Draw(DrawImages):
             pixels = torch.cat([self._pixels(part, size) for part in torch.split(tokens, self._plan.decode_batch)])
             images: NDArray[np.uint8] = pixels.numpy()
             return images
+
+    def prepare(self, images: int) -> None:
+        """Before so many images are drawn: warms the engine up if they gain from it. Graphs are captured as needed."""
+        if images >= _WARM_UP_FROM and self._plan.device.type == "cpu":
+            self._engine.warm_up(self._plan.args.rng)
 
     def captured(self) -> dict[str, dict[str, float]]:
         """What capturing graphs has taken in this process, by model; nothing where nothing is captured."""

@@ -14,6 +14,7 @@ import torch
 from gear_engine.config import GeneratorConfig
 from gear_engine.errors import CheckpointError, ConfigError
 from gear_engine.ops.skinny_linear import PackedWeight, PackKind, Weight, pack, packed_nbytes
+from gear_engine.pages import LargePages, collapse
 
 __all__ = ["BlockWeights", "GeneratorWeights", "expected_shapes"]
 
@@ -180,10 +181,10 @@ class GeneratorWeights:
             if tuple(found.shape) != shape:
                 raise CheckpointError(f"weight {key} has shape {tuple(found.shape)}, the model needs {shape}")
             if pack_kind is not None and field in LINEAR:
-                return pack(found, pack_kind)
+                return pack(found, pack_kind, pages)
             return found.to(dtype).contiguous()
 
-        shapes = expected_shapes(config)
+        shapes, pages = expected_shapes(config), LargePages()
         top, layers = _top_keys(config), [_block_keys(config, layer) for layer in range(config.n_layer)]
         fields = {key: field for keys in (top, *layers) for field, key in keys.items()}
         by_size = sorted(shapes, key=lambda key: -math.prod(shapes[key]))
@@ -210,13 +211,18 @@ class GeneratorWeights:
                 if getattr(part, name) is not None:
                     yield name, getattr(part, name)
 
-    def addresses(self) -> list[int]:
-        """Where every weight lies: as long as that stays, what was captured over these weights may be replayed."""
-        found = []
+    def _tensors(self) -> Iterator[torch.Tensor]:
         for _, weight in self._named():
             parts = (weight,) if isinstance(weight, torch.Tensor) else (weight.data, weight.scales)
-            found += [part.data_ptr() for part in parts if part is not None]
-        return found
+            yield from (part for part in parts if part is not None)
+
+    def addresses(self) -> list[int]:
+        """Where every weight lies: as long as that stays, what was captured over these weights may be replayed."""
+        return [tensor.data_ptr() for tensor in self._tensors()]
+
+    def collapse(self) -> int:
+        """Moves weights in CPU memory into large pages, see :func:`gear_engine.pages.collapse`."""
+        return collapse(self._tensors())
 
     @property
     def nbytes(self) -> int:
@@ -256,6 +262,8 @@ class GeneratorWeights:
         if self.device.type == "meta":
             raise ConfigError("the weights are on the meta device, where tensors hold no numbers: load some first")
 
+        pages = LargePages()
+
         def move(name: str, weight: Weight | None) -> Weight | None:
             if weight is None:
                 return None
@@ -263,7 +271,7 @@ class GeneratorWeights:
                 scales = None if weight.scales is None else weight.scales.to(device)
                 return dataclasses.replace(weight, data=weight.data.to(device), scales=scales)
             if pack_kind is not None and name in LINEAR:
-                return pack(weight.to(device), pack_kind)
+                return pack(weight.to(device), pack_kind, pages)
             return weight.to(device=device, dtype=dtype).contiguous()
 
         def moved(part: GeneratorWeights | BlockWeights) -> dict[str, Any]:

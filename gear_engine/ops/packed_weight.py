@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from gear_engine.pages import LargePages
+
 __all__ = ["PackKind", "PackedWeight", "Weight", "pack", "packed_nbytes", "unpack"]
 
 PackKind = Literal["bf16", "int8"]
@@ -43,8 +45,11 @@ Weight = torch.Tensor | PackedWeight
 _PACK_ROWS = 256
 
 
-def pack(weight: torch.Tensor, kind: PackKind) -> PackedWeight:
+def pack(weight: torch.Tensor, kind: PackKind, pages: LargePages | None = None) -> PackedWeight:
     """Packs a weight (out, in). ``"int8"`` rounds to nearest with scale = max|row| / 127.
+
+    Args:
+        pages: where the result's memory comes from, shared by weights that are read one after the other.
 
     Raises:
         ValueError: the weight is not a matrix or the kind is unknown.
@@ -57,7 +62,8 @@ def pack(weight: torch.Tensor, kind: PackKind) -> PackedWeight:
     dtype = torch.bfloat16 if kind == "bf16" else torch.int8
     per_line = 4 // dtype.itemsize  # a line holds 4 bytes for each of 16 columns
     lines = -(-in_features // (16 * per_line)) * 16
-    data = torch.empty(-(-out_features // 16), lines, 16, per_line, dtype=dtype, device=weight.device)
+    shape = -(-out_features // 16), lines, 16, per_line
+    data = (pages or LargePages()).zeros(shape, dtype, weight.device)
     scales = torch.empty(out_features, device=weight.device) if kind == "int8" else None
     scratch = torch.empty(_PACK_ROWS if kind == "int8" else 0, in_features, device=weight.device)
     for first in range(0, out_features, _PACK_ROWS):

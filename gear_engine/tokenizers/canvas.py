@@ -1,26 +1,25 @@
 """Memory of the CPU decoder: reused pages, one image's activations in channels-last rows, strips of rows.
 
 Fresh pages cost a decoder as much as its arithmetic (a 256 px image at 128 channels is 32 MiB in fp32, every residual
-block would map and fault in several of those), so the large tensors live in an :class:`Arena`, on huge pages where the
+block would map and fault in several of those), so the large tensors live in an :class:`Arena`, in large pages where the
 system has them, and convolutions produce strips small enough for the allocator to recycle.
 """
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import torch
 
 from gear_engine.ops import backends
+from gear_engine.pages import LargePages
 
 __all__ = ["Arena", "Canvas"]
 
 #: Bytes of one convolution's output: small enough to stay in cache and be recycled, large enough to keep it efficient.
 STRIP_BYTES: Final = 4 << 20
 STRIP_ROWS: Final = 4
-_HUGE_PAGE: Final = 2 << 20
 
 
 class Arena:
@@ -36,15 +35,8 @@ class Arena:
             count *= size
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < count:
-            buffer = self._buffers[name] = self._map(-(-count // _HUGE_PAGE) * _HUGE_PAGE)
+            buffer = self._buffers[name] = LargePages().zeros((count,), torch.uint8, torch.device("cpu"))
         return buffer[:count].view(dtype).view(shape)
-
-    @staticmethod
-    def _map(num_bytes: int) -> torch.Tensor:
-        pages = mmap.mmap(-1, num_bytes)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            pages.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(pages, dtype=torch.uint8)
 
     @property
     def nbytes(self) -> int:

@@ -56,6 +56,23 @@ def test_philox_images_depend_on_no_batch(checkpoint: Path, tmp_path: Path) -> N
     assert np.array_equal(one, three)
 
 
+@pytest.mark.parametrize(("least", "warm"), [(5, ["philox"]), (6, [])])
+def test_an_engine_is_warmed_up_for_many_images(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: int, warm: list[str]
+) -> None:
+    seen: list[str] = []
+    warm_up = Engine.warm_up
+
+    def spy(engine: Engine, rng: Any = "philox") -> None:
+        seen.append(rng)
+        warm_up(engine, rng)
+
+    monkeypatch.setattr(Engine, "warm_up", spy)
+    monkeypatch.setattr("gear_engine.cli.sampling._WARM_UP_FROM", least)
+    assert sample(checkpoint, tmp_path) == 0
+    assert seen == warm
+
+
 def test_a_decoder_in_bf16_is_close_or_refused(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
