@@ -4,10 +4,11 @@
         [--rounds 3] [--tokens 256] [--compiled] [--json OUT]
 
 Every round runs each contestant once: the official ``generate`` and ``decode_code`` as shipped (fp32) and moved to bf16
-(with ``--compiled`` also compiled, both models; compiling happens before the first round and is reported), and
-gear_engine after :meth:`Engine.warm_up`: fp32 weights and an fp32 :class:`Decoder`, bf16 and int8 weights with a bf16
-one (fp32 where the machine has no bf16 convolutions; column ``decoder``). Weights are random and the same on every
-side, ``rng="torch"``. Images are made bytes on both sides. With fewer ``--tokens`` than a grid has, zeros fill it up.
+(with ``--compiled`` also compiled, both models), and gear_engine: fp32 weights and an fp32 :class:`Decoder`, bf16 and
+int8 weights with a bf16 one (fp32 where the machine has no bf16 convolutions; column ``decoder``). Weights are random
+and the same on every side, ``rng="torch"``. Images are made bytes on both sides. With fewer ``--tokens`` than a grid
+has, zeros fill it up. Compiling, :meth:`Engine.warm_up` and one decoding each come before the first round and are
+reported as ``prepare_s``.
 
 A CPU without bf16 convolutions decodes with the official code in bf16 six times as slowly as in fp32: there that
 contestant is left out, and a line says so.
@@ -63,6 +64,8 @@ class Contestant:
     to_bytes: Callable[[torch.Tensor], torch.Tensor]
     #: Seconds that the machine's limits allow at best; None: not counted.
     floor: Callable[[timing.Ceilings], float] | None = None
+    #: Before the first round.
+    prepare: Callable[[], Any] | None = None
 
 
 @dataclass
@@ -110,19 +113,24 @@ def contestants(
             draw = official_rollout(weights.to(dtype=dtype), labels, tokens, checkout, compiled=compiles)
             model = _official_decoder(checkout, tokenizer).to(dtype)
             decode = torch.compile(model.decode_code) if compiles else model.decode_code
-            found[name] = Contestant(draw, lambda codes, decode=decode: decode(codes, shape), _official_bytes)  # type: ignore[misc]
+            found[name] = Contestant(
+                draw,
+                lambda codes, decode=decode: decode(codes, shape),  # type: ignore[misc]
+                _official_bytes,
+                prepare=draw if compiles else None,
+            )
     params = SamplingParams(cfg_scale=CFG_SCALE)
     dtypes = {peak_memory.decode_dtype(name) for name in peak_memory.FORMATS}
     decoders = {dtype: Decoder(tokenizer, dtype=dtype) for dtype in dtypes}
     for name, (dtype, kind) in peak_memory.FORMATS.items():
         engine = Engine(weights, max_images=len(labels), dtype=dtype, weight_format=kind, max_new_tokens=tokens)
-        engine.warm_up("torch")
         decoder = decoders[peak_memory.decode_dtype(name)]
         found[f"gear_engine {name}"] = Contestant(
             lambda engine=engine: engine.generate(labels, params, rng="torch", max_new_tokens=tokens),  # type: ignore[misc]
             lambda codes, decoder=decoder: decoder.decode_code(codes, shape),  # type: ignore[misc]
             to_uint8,
             partial(_floor, engine, tokenizer.config, name, len(labels), tokens),
+            partial(engine.warm_up, "torch"),
         )
     return found
 
@@ -166,15 +174,14 @@ def measure(calls: dict[str, Contestant], block_size: int, rounds: int, seed: in
 
 @torch.no_grad()
 def warm_up(calls: dict[str, Contestant], block_size: int, images: int) -> dict[str, float]:
-    """Decodes once (and draws, where that compiles); name -> seconds of those that compile."""
+    """Prepares every contestant and decodes once; name -> seconds."""
     seconds = {}
     for name, call in calls.items():
         start = time.perf_counter()
-        if name.endswith("compiled"):
-            call.draw()
+        if call.prepare is not None:
+            call.prepare()
         call.decode(torch.zeros(images, block_size, dtype=torch.int64))
-        if name.endswith("compiled"):
-            seconds[name] = time.perf_counter() - start
+        seconds[name] = time.perf_counter() - start
     return seconds
 
 
@@ -240,14 +247,14 @@ def run_case(
     rng = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, generator.num_classes, (images,), generator=rng).tolist()
     calls = contestants(weights, coder, labels, tokens, checkout, compiled=compiled)
-    compile_s = warm_up(calls, generator.block_size, images)
+    prepare_s = warm_up(calls, generator.block_size, images)
     results = measure(calls, generator.block_size, rounds, seed)
     checked = check(calls, results, generator.block_size)
     rows = rows_of(results, images)
     for row in rows:
         floor = calls[row["what"]].floor
         row["of_floor_%"] = None if floor is None else 100 * floor(ceilings) / row["best_s"]
-    return rows, {**checked, "compile_s": compile_s}
+    return rows, {**checked, "prepare_s": prepare_s}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,7 +5,7 @@
 Weights are random (matrices of variance 1 / in), the same on both sides; labels and draws follow one seed. Every round
 runs each contestant once: the official ``generate`` as shipped (fp32) and moved to bf16 (with ``--compiled`` also
 compiled), and gear_engine in fp32, bf16, and int8 weights with bf16 activations, all with ``rng="torch"``. Compiling
-and :meth:`Engine.warm_up` come before the first round; compiling is reported on its own. ``x official`` divides the
+and :meth:`Engine.warm_up` come before the first round and are reported as ``prepare_s``. ``x official`` divides the
 medians of the two; ``of_read_%`` is (weights + average cache) of a step over its best time and the read bandwidth
 measured in the same run, ``of_rate_%`` likewise the operations of its products alone over the multiply rate of the
 format (of a wider one, where the machine multiplies that faster). ``outside_torch_%`` is the share of our rollouts
@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class Case:
     labels: list[int]
     tokens: int
     #: contestant -> seconds of its first call, in which it was compiled
-    compile_seconds: dict[str, float] = field(default_factory=dict)
+    prepare_seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -70,15 +71,13 @@ class Case:
             name: Engine(weights, max_images=images, dtype=dtype, weight_format=kind, max_new_tokens=tokens)
             for name, (dtype, kind) in peak_memory.FORMATS.items()
         }
-        for engine in engines.values():
-            engine.warm_up("torch")
+        prepare_seconds = {name: _seconds(partial(engine.warm_up, "torch")) for name, engine in engines.items()}
         params = SamplingParams(cfg_scale=CFG_SCALE)
 
         def ours(engine: Engine) -> Callable[[], torch.Tensor]:
             return lambda: engine.generate(labels, params, rng="torch", max_new_tokens=tokens)
 
         calls = {f"gear_engine {name}": ours(engine) for name, engine in engines.items()}
-        compile_seconds = {}
         if official is not None:
             bf16 = weights.to(dtype=torch.bfloat16)
             calls["official"] = official_rollout(weights, labels, tokens, official)
@@ -86,10 +85,14 @@ class Case:
             if compiled:
                 name = "official bf16 compiled"
                 calls[name] = official_rollout(bf16, labels, tokens, official, compiled=True)
-                start = time.perf_counter()
-                calls[name]()
-                compile_seconds[name] = time.perf_counter() - start
-        return cls(engines, calls, labels, tokens, compile_seconds)
+                prepare_seconds[name] = _seconds(calls[name])
+        return cls(engines, calls, labels, tokens, prepare_seconds)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def official_rollout(
@@ -215,7 +218,7 @@ def rows_of(
             row |= dict.fromkeys(("of_read_%", "of_rate_%", "outside_torch_%", "outside_philox_%", "kl"))
             row["equal_tokens_%"] = None
         rows.append(row)
-    checks: dict[str, Any] = {"images": images, **({"compile_s": case.compile_seconds} if case.compile_seconds else {})}
+    checks: dict[str, Any] = {"images": images, "prepare_s": case.prepare_seconds}
     if "official" in drawn:
         equal = drawn["official"].cpu() == drawn["gear_engine fp32"]
         checks |= {"equal_images": int(equal.all(1).sum()), "equal_tokens_%": 100 * float(equal.float().mean())}

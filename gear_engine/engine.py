@@ -148,10 +148,9 @@ class Engine:
         self._steps.prefixes.forget()
 
     def warm_up(self, rng: RngMode = "philox") -> None:
-        """Prepares what many later calls gain from: where decoding runs by programs, every bucket is captured now.
-        On a CPU weights that are read in place move into large pages, a few seconds per gigabyte (:mod:`.pages`).
-
-        Raises OutOfMemoryError if the graphs do not fit.
+        """Prepares what many later calls gain from: where decoding runs by programs, every bucket is captured now;
+        OutOfMemoryError if the graphs do not fit. On a CPU weights that are read in place move into large pages, a few
+        seconds per gigabyte (:mod:`gear_engine.pages`).
         """
         with self._at_work():
             self.weights.collapse()
@@ -212,9 +211,9 @@ class Engine:
             condition: int64 labels (B,) (tensor or sequence), or a :class:`TextCondition` of B captions.
             params: settings of all images, or one per image; None means the defaults.
             rng: ``"philox"``: any B, images wait for slots. ``"torch"``: B <= max_images, all images in step, noise
-                drawn from ``generator`` in the official order, and decode steps are made one at a time.
+                drawn from ``generator`` in the official order.
             seeds: Philox only: one per image; None means 0 ... B - 1.
-            generator: torch only; None means the global one of the engine's device.
+            generator: torch only; None means the global one of the engine's device. Others may not use it meanwhile.
             max_new_tokens: tokens per image; None means the engine's maximum.
             callback: called after every step, so that steps are made one at a time, and sees the tokens; an exception
                 of its drops this batch and leaves the engine usable.
@@ -230,7 +229,8 @@ class Engine:
         total = check_length(max_new_tokens, self.max_new_tokens)
         conditions, every = check_conditions(condition, params, self.config)
         batch = len(conditions)
-        keys = check_source(rng, batch, self.max_images, seeds, generator is not None)
+        drawn_on = None if generator is None else generator.device.type
+        keys = check_source(rng, batch, self.max_images, seeds, drawn_on, self.device.type)
         if self.num_unfinished:
             raise InvalidRequestError(f"{self.num_unfinished} requests are in flight: step() until they are done")
         noise = TorchNoise(generator) if rng == "torch" else None

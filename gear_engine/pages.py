@@ -6,6 +6,7 @@ pages it waits for look-ups. Where the system grants none, and on other systems,
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -54,7 +55,8 @@ def _new_block(size: int, advice: int) -> tuple[mmap.mmap, int, int]:
         block = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"{length} bytes: {error}") from error
-    block.madvise(advice)
+    with contextlib.suppress(OSError):  # a kernel that was built without large pages
+        block.madvise(advice)
     begin = -torch.frombuffer(block, dtype=torch.uint8, count=1).data_ptr() % PAGE
     return block, begin, begin + size
 

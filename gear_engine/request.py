@@ -144,9 +144,11 @@ def check_length(max_new_tokens: int | None, limit: int) -> int:
 
 
 def check_source(
-    rng: RngMode, count: int, max_images: int, seeds: Sequence[int] | None, has_generator: bool
+    rng: RngMode, count: int, max_images: int, seeds: Sequence[int] | None, generator_on: str | None, device: str
 ) -> list[int]:
     """One Philox key per image, 0 ... count - 1 by default (all 0, and unused, under ``rng="torch"``).
+
+    ``generator_on``, ``device``: the kinds of device that a torch generator, if there is one, and the engine are on.
 
     Raises:
         InvalidRequestError: not ``count`` seeds in ``[0, 2**63)``; a source of randomness that does not go with
@@ -159,10 +161,12 @@ def check_source(
             raise InvalidRequestError(
                 f"rng='torch' draws for all images in step: {count} images need max_images >= {count}, not {max_images}"
             )
+        if generator_on not in (None, device):
+            raise InvalidRequestError(f"the generator draws on {generator_on}, the engine on {device}")
         return [0] * count
     if rng != "philox":
         raise InvalidRequestError(f"rng must be 'torch' or 'philox', got {rng!r}")
-    if has_generator:
+    if generator_on is not None:
         raise InvalidRequestError("a torch generator goes with rng='torch'; rng='philox' takes seeds")
     found = list(range(count)) if seeds is None else [_integer("seed", seed) for seed in seeds]
     if len(found) != count:

@@ -102,7 +102,7 @@ def _prefix_means(values: torch.Tensor, rows: PrefixRows, bidirectional: bool) -
         # One row sees itself only; it is the whole prefix, or padding.
         return values, torch.where(rows.valid[:, None] > 0, values, torch.zeros_like(values))
     prefixes = rows.valid.shape[0]
-    padded = torch.zeros(prefixes, rows.width, values.shape[1], device=values.device)  # [P, W, kv_dim]
+    padded = values.new_zeros(prefixes, rows.width, values.shape[1], dtype=torch.float32)  # [P, W, kv_dim]
     padded[rows.prefix_of, rows.index_in] = values.float()
     counts = torch.arange(1, rows.width + 1, device=values.device)[None, :, None]
     running = padded.cumsum(dim=1) / counts

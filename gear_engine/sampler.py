@@ -56,7 +56,7 @@ class TorchNoise:
         self, ops: GeneratorOps, logits: torch.Tensor, table: SamplingTable, positions: torch.Tensor
     ) -> torch.Tensor:
         if table.params is None or any(params.sample_logits for params in table.params):
-            noise = torch.empty(table.images, logits.shape[1], device=logits.device)
+            noise = torch.empty(table.images, logits.shape[1], dtype=torch.float32, device=logits.device)
             ops.torch_exponential(noise, self.generator)
         else:
             noise = None
@@ -93,7 +93,7 @@ class FiniteWatch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._sum = torch.zeros((), device=device)
+        self._sum = torch.zeros((), dtype=torch.float32, device=device)
         self._host_sum = 0.0
 
     def see(self, logits: torch.Tensor, live: torch.Tensor | None = None) -> None:

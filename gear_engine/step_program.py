@@ -232,7 +232,9 @@ class ProgramSteps(Steps):
         key = (kind, bucket, with_noise)
         if key not in self._programs:
             if with_noise and self._buffers.noise is None:
-                self._buffers.noise = torch.ones(self.max_rows, self.config.vocab_size, device=self.device)
+                self._buffers.noise = torch.ones(
+                    self.max_rows, self.config.vocab_size, dtype=torch.float32, device=self.device
+                )
             program = kind(bucket, weights, self.ops, self.cache, self._buffers, with_noise=with_noise)
             self._sent = None
             if self._launcher.warmups:

@@ -108,6 +108,20 @@ def test_rooms_that_know_no_device_import_no_torch() -> None:
     assert not wrong
 
 
+def test_memory_for_kernels_names_its_dtype() -> None:
+    """A kernel writes fp32 whatever torch's default dtype is. Modules follow it, as modules do."""
+    wrong = []
+    for room, path in python_files():
+        if room in {"training", "cli", "bench"} or path.name == "layers.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {"torch.empty", "torch.zeros", "torch.ones"}:
+                named = {keyword.arg for keyword in node.keywords}
+                if not named & {"dtype", None}:  # None: **options
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_kernels_include_no_torch_header() -> None:
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".h", ".cu", ".cuh"}]
     assert sources

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,6 +98,8 @@ def test_numbers_that_were_not_finite_for_a_while_are_an_error(broken: str) -> N
     assert torch.equal(engine.generate([1, 2], GUIDED), expected)
 
 
+#: Stands for a generator that a build without CUDA cannot make.
+ON_CUDA = SimpleNamespace(device=torch.device("cuda:0"))
 BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "label too large": ({"condition": [10]}, "must lie in"),
     "negative label": ({"condition": torch.tensor([-1])}, "must lie in"),
@@ -112,6 +115,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "seeds of another batch": ({"seeds": [1]}, "1 seeds for 2"),
     "negative seed": ({"seeds": [1, -1]}, "seed"),
     "huge seed": ({"seeds": [1, 2**63]}, "seed"),
+    "a generator of another device": ({"rng": "torch", "generator": ON_CUDA}, "draws on cuda, the engine on cpu"),
     "generator with philox": ({"generator": torch.Generator()}, "rng='torch'"),
     "seeds with torch": ({"rng": "torch", "seeds": [1, 2]}, "rng='philox'"),
     "unknown rng": ({"rng": "numpy"}, "rng must be"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import mmap
+import os
 import weakref
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from gear_engine.pages import PAGE, LargePages, collapse
 from tests.models_for_tests import small_model
 
 CPU = torch.device("cpu")
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 needs_large_pages = pytest.mark.skipif(
-    not hasattr(mmap, "MADV_HUGEPAGE") or "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(),
-    reason="the system grants no large pages",
+    not SETTING.is_file() or "[never]" in SETTING.read_text(), reason="the system grants no large pages"
 )
 
 
@@ -103,10 +104,35 @@ def test_other_devices_and_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         LargePages().zeros((3,), torch.float32, CPU)
 
 
+def test_a_kernel_without_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(mmap.mmap):
+        def madvise(self, *advice: int) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    assert bool((LargePages().zeros((3, 4), torch.float32, CPU).fill_(2) == 2).all())
+
+
 @needs_large_pages
-def test_pages_are_large() -> None:
+def test_large_pages_are_asked_for_private_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a child process writes into memory of its own must not be seen here."""
+    asked = []
+
+    class Asking(mmap.mmap):
+        def madvise(self, *advice: int) -> None:
+            asked.append(advice)
+            super().madvise(*advice)
+
+    monkeypatch.setattr(mmap, "mmap", Asking)
     tensor = LargePages().zeros((5 << 20,), torch.uint8, CPU)
-    assert large_bytes(tensor.fill_(1)) >= 2 * PAGE
+    assert asked == [(mmap.MADV_HUGEPAGE,)]
+    tensor.fill_(1)
+    child = os.fork()
+    if child == 0:
+        tensor.numpy()[:] = 2
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert bool((tensor == 1).all())
 
 
 def test_collapsed_memory_keeps_its_contents_and_addresses() -> None:

@@ -29,7 +29,8 @@ def test_rows_hold_every_format_and_its_error() -> None:
     before = native.module().decode_step_cpu
     rows, checks = rows_of(Case.build(weights, 3, 8, 0, None), 2, 0, CEILINGS)
     assert native.module().decode_step_cpu is before
-    assert checks == {"images": 3}
+    assert checks["images"] == 3
+    assert set(checks["prepare_s"]) == {"fp32", "bf16", "int8"}
     by_name = {row["what"]: row for row in rows}
     assert list(by_name) == ["gear_engine fp32", "gear_engine bf16", "gear_engine int8"]
     assert by_name["gear_engine fp32"]["kl"] == 0

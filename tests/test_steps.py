@@ -127,6 +127,22 @@ def test_torchs_draws_where_torch_draws_in_another_way() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("rng", ["torch", "philox"])
+@pytest.mark.parametrize("several", [True, False])
+def test_torchs_default_dtype_does_not_matter(rng: Any, several: bool) -> None:
+    def tokens() -> torch.Tensor:
+        torch.manual_seed(1)
+        return engine.generate([1, 2], SETTINGS[1], rng=rng)
+
+    engine = Engine(small_model(), max_images=2) if several else _one_at_a_time(max_images=2)
+    expected = tokens()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(tokens(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_callback_sees_single_steps() -> None:
     engine = Engine(small_model(), max_images=2)
     made, seen = _spied(engine), []

@@ -88,7 +88,7 @@ def pack(weight: torch.Tensor, tile: int = 0, data: torch.Tensor | None = None) 
         raise ValueError(f"tiles are 2 or 4 for 3 x 3 kernels and 5 for 2 x 2, not {tile} for {edge} x {edge}")
     shape = packed_shape(tuple(weight.shape), tile)
     if data is None:
-        data = torch.empty(shape)
+        data = torch.empty(shape, dtype=torch.float32)
     elif data.shape != shape or data.dtype != torch.float32 or not data.is_contiguous():
         raise ValueError(f"data must be contiguous fp32 {shape}, got {data.dtype} {tuple(data.shape)}")
     operands = (weight.data_ptr(), data.data_ptr(), out_channels, in_channels)

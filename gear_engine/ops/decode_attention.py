@@ -181,7 +181,7 @@ def reference(
     keys = _load(k_cache, k_scale, in_cache, last + 2)  # [R, G, t + 2, D]
     values = _load(v_cache, v_scale, in_cache, last + 2)
 
-    mask = torch.zeros(rows, 1, 1, last + 2, device=qkv.device)  # [R, 1, 1, t + 2]
+    mask = torch.zeros(rows, 1, 1, last + 2, dtype=torch.float32, device=qkv.device)  # [R, 1, 1, t + 2]
     if position is None:
         entries = torch.arange(last + 2, device=qkv.device)
         mask.masked_fill_((entries > positions[:, None] + 1)[:, None, None], float("-inf"))

@@ -182,7 +182,7 @@ class _Step:
         tokens: torch.Tensor,
     ) -> torch.Tensor:
         slots, positions, tokens = slots.contiguous(), positions.contiguous(), tokens.contiguous()
-        logits = torch.empty(tokens.shape[0], weights.tok_embeddings.shape[0])
+        logits = torch.empty(tokens.shape[0], weights.tok_embeddings.shape[0], dtype=torch.float32)
         native.cpu_kernels().decode_step_cpu(
             self._words.address(weights, cache, n_head), norm_eps, tokens.shape[0], tokens.data_ptr(), slots.data_ptr(),
             positions.data_ptr(), logits.data_ptr(),

@@ -18,6 +18,7 @@ Source: GEAR ``models/generate.py``.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ def reference(
         logits = decode_step.reference(weights, cache, n_head, norm_eps, slots, fed, given)
         noise = None
         if seeds is None and not bool(table.greedy.all()):
-            noise = torch.empty(table.images, logits.shape[1])
+            noise = torch.empty(table.images, logits.shape[1], dtype=torch.float32, device=logits.device)
             torch_exponential.reference(noise, generator)
         tokens[token_rows, at] = sample_tokens.reference(logits, table, noise=noise, seeds=seeds, positions=at)
         finite = finite and bool(torch.isfinite(logits).all())
@@ -153,16 +154,14 @@ class _Steps:
         slots, token_rows = slots.contiguous(), token_rows.contiguous()
         positions = positions.contiguous()
         seeds = None if seeds is None else seeds.contiguous()
-        source, state = torch_exponential.state_of(generator) if seeds is None else (None, None)
-        made, finite = native.cpu_kernels().decode_steps_cpu(
-            self._words.address(weights, cache, n_head), norm_eps, steps, seconds, table.rows, slots.data_ptr(),
-            tokens.data_ptr(), *tokens.shape, table.images, token_rows.data_ptr(), positions.data_ptr(),
-            table.uncond_rows.data_ptr(), table.cfg_scale.data_ptr(), table.temperature.data_ptr(),
-            table.top_k.data_ptr(), table.top_p.data_ptr(), table.greedy.data_ptr(),
-            0 if seeds is None else seeds.data_ptr(), 0 if state is None else state.data_ptr(),
-        )  # fmt: skip
-        if source is not None and state is not None:
-            source.set_state(state)
+        with torch_exponential.moving(generator) if seeds is None else nullcontext() as state:
+            made, finite = native.cpu_kernels().decode_steps_cpu(
+                self._words.address(weights, cache, n_head), norm_eps, steps, seconds, table.rows, slots.data_ptr(),
+                tokens.data_ptr(), *tokens.shape, table.images, token_rows.data_ptr(), positions.data_ptr(),
+                table.uncond_rows.data_ptr(), table.cfg_scale.data_ptr(), table.temperature.data_ptr(),
+                table.top_k.data_ptr(), table.top_p.data_ptr(), table.greedy.data_ptr(),
+                0 if seeds is None else seeds.data_ptr(), 0 if state is None else state.data_ptr(),
+            )  # fmt: skip
         return made, finite
 
 

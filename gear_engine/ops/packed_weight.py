@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -64,8 +64,9 @@ def pack(weight: torch.Tensor, kind: PackKind, pages: LargePages | None = None) 
     lines = -(-in_features // (16 * per_line)) * 16
     shape = -(-out_features // 16), lines, 16, per_line
     data = (pages or LargePages()).zeros(shape, dtype, weight.device)
-    scales = torch.empty(out_features, device=weight.device) if kind == "int8" else None
-    scratch = torch.empty(_PACK_ROWS if kind == "int8" else 0, in_features, device=weight.device)
+    wide: dict[str, Any] = {"dtype": torch.float32, "device": weight.device}
+    scales = torch.empty(out_features, **wide) if kind == "int8" else None
+    scratch = torch.empty(_PACK_ROWS if kind == "int8" else 0, in_features, **wide)
     for first in range(0, out_features, _PACK_ROWS):
         rows = weight.detach()[first : first + _PACK_ROWS]
         if scales is not None:

@@ -135,7 +135,7 @@ def reference(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> 
 
 def _cpu(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Compiled: ``csrc/common/philox.h`` and ``exponential.h``."""
-    noise = torch.empty(seeds.shape[0], vocab_size)
+    noise = torch.empty(seeds.shape[0], vocab_size, dtype=torch.float32)
     kernels = native.cpu_kernels()
     for row, (seed, position) in enumerate(zip(seeds.tolist(), positions.tolist(), strict=True)):
         kernels.philox_cpu(seed, position, vocab_size, noise[row].data_ptr())

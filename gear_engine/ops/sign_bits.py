@@ -55,7 +55,7 @@ def reference(z: torch.Tensor, groups: int = 1) -> tuple[torch.Tensor, torch.Ten
 def _cpu(z: torch.Tensor, groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     n, d = z.shape
     indices = torch.empty(n, groups, dtype=torch.int64)
-    quantized = torch.empty(n, d)
+    quantized = torch.empty(n, d, dtype=torch.float32)
     native.module().sign_bits_cpu(z.data_ptr(), *z.stride(), n, d, groups, indices.data_ptr(), quantized.data_ptr())
     return indices, quantized
 
@@ -63,7 +63,7 @@ def _cpu(z: torch.Tensor, groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
 def _cuda(z: torch.Tensor, groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     n, d = z.shape
     indices = torch.empty(n, groups, dtype=torch.int64, device=z.device)
-    quantized = torch.empty(n, d, device=z.device)
+    quantized = torch.empty(n, d, dtype=torch.float32, device=z.device)
     with native.cuda_kernels(z.device) as (kernels, stream):
         kernels.sign_bits_cuda(
             z.data_ptr(), *z.stride(), n, d, groups, indices.data_ptr(), quantized.data_ptr(), stream

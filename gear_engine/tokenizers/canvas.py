@@ -64,7 +64,7 @@ class Canvas:
         cpu = torch.device("cpu")
         self._norm: Callable[..., Any] = backends.resolve("group_norm_silu", cpu, dtype).load()
         self._merge: Callable[..., Any] = backends.resolve("residual_moments", cpu, dtype).load()
-        self.x = torch.empty(0)
+        self.x = torch.empty(0, dtype=torch.float32)
         self.moments = torch.empty(0, dtype=torch.float64)
 
     def replace(self, height: int, width: int, channels: int) -> None:

@@ -125,7 +125,9 @@ def _short_sums(packed: conv_rows.PackedKernel, bias: torch.Tensor | None) -> _C
     padding = min(less, 1)
 
     def convolve(strip: torch.Tensor) -> torch.Tensor:
-        out = torch.empty(strip.shape[0] - less, strip.shape[1] + 2 * padding - less, packed.out_channels)
+        out = torch.empty(
+            strip.shape[0] - less, strip.shape[1] + 2 * padding - less, packed.out_channels, dtype=torch.float32
+        )
         run(strip, packed, bias, out, padding=padding)
         return out
 

@@ -223,7 +223,7 @@ class Decoder:
             raise InvalidRequestError(f"code vectors must be [B, {dim}, h, w], got {tuple(quant.shape)}")
         height, width = quant.shape[2] * factor, quant.shape[3] * factor
         config.latent_size(height, width)
-        images = torch.empty(quant.shape[0], 3, height, width)
+        images = torch.empty(quant.shape[0], 3, height, width, dtype=torch.float32)
         with torch.autocast("cpu", enabled=False):
             for index, image in enumerate(images):
                 self._decode_image(quant[index].float().permute(1, 2, 0).contiguous(), image)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -54,10 +56,76 @@ def test_any_state_and_length(isa: str, seed: int, words: int, lengths: list[int
         _assert_equal((length,), pair)
 
 
-def test_rare_numbers() -> None:
-    """Logarithms that lie so near the middle between two floats that the kernel asks the C library: about one number
-    in 2^25; and what is drawn in between."""
-    _assert_equal((1 << 25,), _pair(5))
+@pytest.mark.parametrize(("seed", "length"), [(0, 1_818_530), (50, 639_286), (60, 1_014_597)])
+def test_rare_numbers(isa: str, seed: int, length: int) -> None:
+    """The last number of each lies so near the middle between two floats that the kernel asks the C library, and its
+    own guess would be the other float."""
+    _assert_equal((length,), _pair(seed))
+
+
+def _untempered(word: int) -> int:
+    """The word of the state that is given out as ``word``."""
+    word ^= word >> 18
+    word ^= (word << 15) & 0xEFC60000
+    found = word
+    for _ in range(5):
+        found = word ^ ((found << 7) & 0x9D2C5680)
+    word = found
+    for _ in range(3):
+        found = word ^ (found >> 11)
+    return found
+
+
+def _before(*words: int) -> list[torch.Generator]:
+    """Two generators that give out these words, the last ones before all are made anew."""
+    state = torch.Generator().get_state()
+    count = len(words)
+    state[8:12].view(torch.int32).fill_(count + 1)
+    state[16:24].view(torch.int64).fill_(624 - count)
+    places = state[24 : 24 + 8 * 624].view(torch.int64)
+    places[624 - count :] = torch.tensor([_untempered(word) for word in words])
+    return [torch.Generator().set_state(state) for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("words", "number"),
+    [
+        ((0, 0), 0.0),  # x = 0
+        ((0xFFE00000, 0), 0.0),  # bits above the 53rd do not count
+        ((0, 1), 2.0**-53),
+        ((0xFFFFFFFF, 0xFFFFFFFF), 36.7368),  # x = 1 - 2^-53
+        ((0x100000, 0), 0.693147),  # x = 1/2
+    ],
+)
+def test_the_ends_of_the_range(isa: str, words: tuple[int, int], number: float) -> None:
+    out = torch.full((1,), -1.0)
+    torch_exponential(out, _before(*words)[0], backend="cpu")
+    assert out.item() == pytest.approx(number, rel=1e-6)
+    assert not torch.signbit(out).any()
+    _assert_equal((1,), _before(*words))
+    _assert_equal((700,), _before(*words))
+
+
+def test_threads_that_share_a_generator_draw_different_numbers() -> None:
+    source = torch.Generator().manual_seed(2)
+    outs = [torch.zeros(20000) for _ in range(4)]
+    callers = [threading.Thread(target=torch_exponential, args=(out, source)) for out in outs]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    in_turn = torch.empty(4, 20000).exponential_(1, generator=torch.Generator().manual_seed(2))
+    assert sorted(out[0].item() for out in outs) == sorted(in_turn[:, 0].tolist())
+    assert all(any(torch.equal(out, row) for row in in_turn) for out in outs)
+
+
+def test_a_failing_call_leaves_the_generator_where_the_kernel_did() -> None:
+    source, expected, out = torch.Generator().manual_seed(2), torch.Generator().manual_seed(2), torch.empty(10)
+    torch_exponential(out, expected)
+    with pytest.raises(KeyboardInterrupt), module.moving(source) as state:
+        native.cpu_kernels().torch_exponential_cpu(state.data_ptr(), 10, out.data_ptr())
+        raise KeyboardInterrupt
+    assert torch.equal(source.get_state(), expected.get_state())
 
 
 def test_the_default_generator() -> None:
