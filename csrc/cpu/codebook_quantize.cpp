@@ -3,6 +3,7 @@
 // First pass: a tile of kRows rows times a panel of kWidth codes lives in registers, so each code element is loaded
 // once per kRows products; the transposed panel makes lanes independent codes and no lane is ever summed across. The
 // bias starts the accumulators, so an approximate l2 score costs d multiply-adds and one maximum. Second pass: exact.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -21,6 +22,7 @@ constexpr int kRows = 12, kVectors = 2;  // 24 accumulators of 32 registers
 constexpr int kRows = 6, kVectors = 2;  // 12 of 16
 #endif
 constexpr int kWidth = kVectors * kLanes;
+constexpr int64_t kPanelBytes = 16 << 10;
 static_assert(kGroup % kWidth == 0 && kBlockRows % kRows == 0, "groups hold whole panels, blocks whole tiles");
 
 // Bit l is set where a >= b in lane l.
@@ -39,10 +41,11 @@ inline uint32_t mask_ge(Vec a, Vec b) {
 #endif
 }
 
-// Maxima over one group of codes for kRows rows. tile: [d][kRows]; panels: the group's, [kGroup / kWidth][d][kWidth];
-// maxima: [kRows][stride], of which one vector each is written.
-void propose(const float* tile, const float* panels, const float* bias, int64_t d, float* maxima, int64_t stride) {
-  for (int panel = 0; panel < kGroup / kWidth; ++panel, panels += d * kWidth, bias += kWidth) {
+// Maxima over the panels [begin, end) of one group of codes, and over those before, for kRows rows. tile: [d][kRows];
+// panels: [end - begin][d][kWidth]; maxima: [kRows][stride], of which one vector each is written.
+void propose(const float* tile, const float* panels, const float* bias, int64_t d, int begin, int end, float* maxima,
+             int64_t stride) {
+  for (int panel = begin; panel < end; ++panel, panels += d * kWidth, bias += kWidth) {
     Vec acc[kRows][kVectors];
     for (int v = 0; v < kVectors; ++v) {
       const Vec start = load(bias + v * kLanes);
@@ -71,15 +74,18 @@ void propose(const float* tile, const float* panels, const float* bias, int64_t 
   }
 }
 
-// Calls visit(code) for the codes of every (group, lane) that reaches the threshold.
+// Calls visit(code, score) for the codes of every (group, lane) that reaches the threshold.
 template <class Visit>
-void for_candidates(const float* maxima, int64_t groups, int64_t k, float threshold, Visit visit) {
+void for_candidates(const Best& winner, const float* maxima, int64_t groups, int64_t k, float threshold, Visit visit) {
   const Vec bound = splat(threshold);
   for (int64_t group = 0; group < groups; ++group) {
     uint32_t lanes = mask_ge(load(maxima + group * kLanes), bound);
     for (; lanes != 0; lanes &= lanes - 1) {
-      const int64_t first = group * kGroup + __builtin_ctz(lanes);
-      for (int64_t code = first; code < (group + 1) * kGroup && code < k; code += kLanes) visit(code);
+      const int64_t first = group * kGroup + __builtin_ctz(lanes), end = std::min((group + 1) * kGroup, k);
+      const int64_t count = (end - first + kLanes - 1) / kLanes;
+      float scores[kGroup / kLanes];
+      winner.scores(first, kLanes, count, scores);
+      for (int64_t i = 0; i < count; ++i) visit(first + i * kLanes, scores[i]);
     }
   }
 }
@@ -104,8 +110,10 @@ int64_t decide(const QuantizeProblem& problem, const PackedCodebook& packed, int
   const float lower = candidate_threshold(top, bound);
   const bool ties = problem.metric == Metric::inner_product;
   if (finite) {
-    for_candidates(maxima, groups, problem.k, lower, [&](int64_t code) { winner.offer(code); });
-    if (ties) for_candidates(maxima, groups, problem.k, lower, [&](int64_t code) { winner.offer_tie(code); });
+    const auto offer = [&](int64_t code, float score) { winner.offer(code, score); };
+    const auto offer_tie = [&](int64_t code, float score) { winner.offer_tie(code, score); };
+    for_candidates(winner, maxima, groups, problem.k, lower, offer);
+    if (ties) for_candidates(winner, maxima, groups, problem.k, lower, offer_tie);
   } else {
     for (int64_t code = 0; code < problem.k; ++code) winner.offer(code);
     for (int64_t code = 0; ties && code < problem.k; ++code) winner.offer_tie(code);
@@ -142,10 +150,16 @@ void codebook_quantize_rows(const QuantizeProblem& problem, const PackedCodebook
     float* tile = tiles + local / kRows * kRows * d + local % kRows;
     for (int64_t i = 0; i < d; ++i) tile[i * kRows] = row < last ? problem.z[row * d + i] : 0.0f;
   }
+  // So many panels as stay in L1 while all rows pass.
+  constexpr int kPanels = kGroup / kWidth;
+  const int at_once = static_cast<int>(std::clamp<int64_t>(kPanelBytes / (d * kWidth * 4), 1, kPanels));
   for (int64_t group = 0; group < groups; ++group)
-    for (int64_t local = 0; local < last - first; local += kRows)
-      propose(tiles + local * d, packed.panels + group * kGroup * d, packed.bias + group * kGroup, d,
-              maxima + local * stride + group * kLanes, stride);
+    for (int begin = 0; begin < kPanels; begin += at_once) {
+      const int64_t code = group * kGroup + begin * kWidth;
+      for (int64_t local = 0; local < last - first; local += kRows)
+        propose(tiles + local * d, packed.panels + code * d, packed.bias + code, d, begin,
+                std::min(begin + at_once, kPanels), maxima + local * stride + group * kLanes, stride);
+    }
   for (int64_t row = first; row < last; ++row) {
     const int64_t code = decide(problem, packed, row, maxima + (row - first) * stride);
     problem.indices[row] = code;
