@@ -106,27 +106,33 @@ __attribute__((target("avx512bf16"))) void bf16_panel_dot(const char* panel, std
 
 #if defined(GEAR_ISA_avx512) || defined(GEAR_ISA_avx2)
 // kParts times four columns from `panel` on, x widened to 16 bits. Products are added in pairs: two int32 per column,
-// joined at the end.
+// joined at the end. Many rows take four lines a turn (a panel has a multiple of 16): with a loop's own instructions in
+// every line the processor could not issue two multiplications per cycle. One or two rows wait for memory.
 template <int kRows, int kParts>
 inline void int8_columns(const char* panel, std::int64_t lines, const char* x, std::int64_t stride, Ahead ahead,
                          std::int32_t* out) {
+  constexpr int kTurn = kParts == 4 ? 1 : 4;
   __m256i total[kRows][kParts];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
     for (int part = 0; part < kParts; ++part) total[r][part] = _mm256_setzero_si256();
-  for (std::int64_t line = 0; line < lines; ++line) {
-    const char* p = panel + line * kLineBytes;
-    __builtin_prefetch(ahead.weight + line * ahead.step);
-    __m256i w[kParts];
+  for (std::int64_t first = 0; first < lines; first += kTurn) {
 #pragma GCC unroll 4
-    for (int part = 0; part < kParts; ++part)
-      w[part] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + part * 16)));
+    for (int i = 0; i < kTurn; ++i) {
+      const std::int64_t line = first + i;
+      const char* p = panel + line * kLineBytes;
+      if (i % (4 / kParts) == 0) __builtin_prefetch(ahead.weight + line * ahead.step);
+      __m256i w[kParts];
+#pragma GCC unroll 4
+      for (int part = 0; part < kParts; ++part)
+        w[part] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + part * 16)));
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const __m256i group = _mm256_set1_epi64x(group_at<std::int64_t>(x + r * stride + line * 8));
+      for (int r = 0; r < kRows; ++r) {
+        const __m256i group = _mm256_set1_epi64x(group_at<std::int64_t>(x + r * stride + line * 8));
 #pragma GCC unroll 4
-      for (int part = 0; part < kParts; ++part) add_products(w[part], group, total[r][part]);
+        for (int part = 0; part < kParts; ++part) add_products(w[part], group, total[r][part]);
+      }
     }
   }
 #pragma GCC unroll 8
