@@ -152,9 +152,10 @@ struct Entries {
   float16 *k_scale, *v_scale;  // of fp8 entries
 };
 
+// `ahead`: keys that the thread is likely to read after these.
 template <class T>
 void attend_head(const DecodeAttention& call, Head& head, const Entries<T>& entries, std::int64_t n_entries,
-                 float prefix_bias) {
+                 float prefix_bias, const T* ahead) {
   constexpr bool kFp8 = sizeof(T) == 1;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(call.head_dim));
   for (std::int64_t first = 0; first < n_entries; first += kChunk) {
@@ -171,8 +172,12 @@ void attend_head(const DecodeAttention& call, Head& head, const Entries<T>& entr
     soften(head, n, prefix_bias, first == 0, chunk_max, chunk_sum);
     if constexpr (kFp8) apply_scales(head.weights, entries.v_scale + first, n, kE4m3Unit);
     const std::int64_t left = n_entries - first - n;
-    prefetch_rows(chunk_keys + n * call.entry_stride, call.entry_stride,
-                  static_cast<int>(left < kChunk / 4 ? left : kChunk / 4), call.head_dim);
+    if (left == 0) {
+      prefetch_rows(ahead, call.entry_stride, kChunk / 4, call.head_dim);
+    } else {
+      prefetch_rows(chunk_keys + n * call.entry_stride, call.entry_stride,
+                    static_cast<int>(left < kChunk / 4 ? left : kChunk / 4), call.head_dim);
+    }
     if (first == 0) {
       weigh_all_values(head, chunk_values, call.entry_stride, n, call.head_dim, head.out);
       head.max = chunk_max;
@@ -209,13 +214,13 @@ void write_entry(const DecodeAttention& call, const T* key, const T* value, cons
     write_quantized(value, d, new_value, entries.v_scale + entry);
   } else {
     rotate(key, rope, d, new_key);
-    for (std::int64_t i = 0; i < d; ++i) new_value[i] = value[i];
+    std::memcpy(new_value, value, static_cast<std::size_t>(d) * sizeof(T));
   }
 }
 
-// T is the dtype of qkv and out.
+// T is the dtype of qkv and out; the group that the thread is likely to take after this begins at `next` in the caches.
 template <class T, class Stored>
-void attend_group(const DecodeAttention& call, std::int64_t row, std::int64_t kv_head) {
+void attend_group(const DecodeAttention& call, std::int64_t row, std::int64_t kv_head, std::int64_t next) {
   const std::int64_t d = call.head_dim, slot = call.slots[row], position = call.positions[row];
   const std::int64_t dim = call.n_head * d, group = call.n_head / call.n_kv_head;
   if (slot == kInertSlot) {
@@ -243,7 +248,8 @@ void attend_group(const DecodeAttention& call, std::int64_t row, std::int64_t kv
     rotate(qkv + h * d, rope, d, rotated);
     for (std::int64_t i = 0; i < d; ++i) head.q[i] = to_float(rotated[i]);
     for (std::int64_t i = d; i < (d + kLanes - 1) / kLanes * kLanes; ++i) head.q[i] = 0.0f;
-    attend_head(call, head, entries, position + 2, call.prefix_bias[slot]);
+    attend_head(call, head, entries, position + 2, call.prefix_bias[slot],
+                h + 1 < (kv_head + 1) * group ? entries.keys : static_cast<const Stored*>(call.k_cache) + next);
     const float inverse = 1.0f / head.sum;
     T* out = static_cast<T*>(call.out) + row * dim + h * d;
     for (std::int64_t i = 0; i < d; ++i) out[i] = from_float<T>(head.out[i] * inverse);
@@ -253,13 +259,19 @@ void attend_group(const DecodeAttention& call, std::int64_t row, std::int64_t kv
 }  // namespace
 
 void attend(const DecodeAttention& call) {
-  parallel_for(call.rows * call.n_kv_head, [&](std::int64_t task) {
+  const std::int64_t n_tasks = call.rows * call.n_kv_head;
+  parallel_for(n_tasks, [&](std::int64_t task) {
     const std::int64_t row = task / call.n_kv_head, kv_head = task % call.n_kv_head;
     const bool fp8 = call.k_scale != nullptr;
+    const std::int64_t after = task + num_threads() < n_tasks ? task + num_threads() : task;
+    const std::int64_t slot = call.slots[after / call.n_kv_head];
+    const std::int64_t next =
+        (slot == kInertSlot ? 0 : slot) * call.slot_stride + after % call.n_kv_head * call.head_stride;
     if (call.dtype == Dtype::f32) {
-      fp8 ? attend_group<float, float8>(call, row, kv_head) : attend_group<float, float>(call, row, kv_head);
+      fp8 ? attend_group<float, float8>(call, row, kv_head, next)
+          : attend_group<float, float>(call, row, kv_head, next);
     } else {
-      fp8 ? attend_group<bf16, float8>(call, row, kv_head) : attend_group<bf16, bf16>(call, row, kv_head);
+      fp8 ? attend_group<bf16, float8>(call, row, kv_head, next) : attend_group<bf16, bf16>(call, row, kv_head, next);
     }
   });
 }
