@@ -65,7 +65,7 @@ class Contestant:
     #: Seconds that the machine's limits allow at best; None: not counted.
     floor: Callable[[timing.Ceilings], float] | None = None
     #: Before the first round.
-    prepare: Callable[[], Any] | None = None
+    prepare: Callable[[], Any] = lambda: None
 
 
 @dataclass
@@ -117,7 +117,7 @@ def contestants(
                 draw,
                 lambda codes, decode=decode: decode(codes, shape),  # type: ignore[misc]
                 _official_bytes,
-                prepare=draw if compiles else None,
+                prepare=draw if compiles else lambda: None,
             )
     params = SamplingParams(cfg_scale=CFG_SCALE)
     dtypes = {peak_memory.decode_dtype(name) for name in peak_memory.FORMATS}
@@ -175,14 +175,10 @@ def measure(calls: dict[str, Contestant], block_size: int, rounds: int, seed: in
 @torch.no_grad()
 def warm_up(calls: dict[str, Contestant], block_size: int, images: int) -> dict[str, float]:
     """Prepares every contestant and decodes once; name -> seconds."""
-    seconds = {}
-    for name, call in calls.items():
-        start = time.perf_counter()
-        if call.prepare is not None:
-            call.prepare()
-        call.decode(torch.zeros(images, block_size, dtype=torch.int64))
-        seconds[name] = time.perf_counter() - start
-    return seconds
+    codes = torch.zeros(images, block_size, dtype=torch.int64)
+    return {
+        name: timing.seconds(call.prepare) + timing.seconds(partial(call.decode, codes)) for name, call in calls.items()
+    }
 
 
 @torch.no_grad()

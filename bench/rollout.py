@@ -71,7 +71,7 @@ class Case:
             name: Engine(weights, max_images=images, dtype=dtype, weight_format=kind, max_new_tokens=tokens)
             for name, (dtype, kind) in peak_memory.FORMATS.items()
         }
-        prepare_seconds = {name: _seconds(partial(engine.warm_up, "torch")) for name, engine in engines.items()}
+        prepare_seconds = {name: timing.seconds(partial(engine.warm_up, "torch")) for name, engine in engines.items()}
         params = SamplingParams(cfg_scale=CFG_SCALE)
 
         def ours(engine: Engine) -> Callable[[], torch.Tensor]:
@@ -85,14 +85,8 @@ class Case:
             if compiled:
                 name = "official bf16 compiled"
                 calls[name] = official_rollout(bf16, labels, tokens, official, compiled=True)
-                prepare_seconds[name] = _seconds(calls[name])
+                prepare_seconds[name] = timing.seconds(calls[name])
         return cls(engines, calls, labels, tokens, prepare_seconds)
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def official_rollout(

@@ -21,7 +21,7 @@ from gear_engine.ops import native
 from gear_engine.report.facts import commit, device_facts, versions
 from gear_engine.report.statistics import summarize
 
-__all__ = ["Ceilings", "alternate", "measure_ceilings", "provenance", "render", "write_json"]
+__all__ = ["Ceilings", "alternate", "measure_ceilings", "provenance", "render", "seconds", "write_json"]
 
 #: Bytes to read, larger than any cache that a core or a GPU has to itself, and edge of the matrices to multiply: on a
 #: GPU large enough that launching is a small share.
@@ -73,6 +73,13 @@ def alternate(
             if round_ >= warmup:
                 samples[name].append(time.perf_counter() - start)
     return samples
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Seconds of one call on a CPU."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 @dataclass(frozen=True)
